@@ -1,0 +1,28 @@
+"""What every test relies on: an allow-list of skips, and that nothing is left running.
+
+A skip hides a check, so one that is not in tests/allowed_skips.txt fails the whole run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ALLOWED = Path(__file__).with_name("allowed_skips.txt")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for node in _unexpected(terminalreporter):
+        terminalreporter.write_line(f"skipped, and not in {ALLOWED.name}: {node}", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and _unexpected(reporter) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _unexpected(reporter: pytest.TerminalReporter) -> list[str]:
+    allowed = {line.split("#")[0].strip() for line in ALLOWED.read_text().splitlines()} - {""}
+    return sorted({report.nodeid for report in reporter.stats.get("skipped", [])} - allowed)
