@@ -1,0 +1,215 @@
+"""Rules that no key can break alone: numbers that must fit each other, and folders that must be there.
+
+Each rule reads what it needs from `Known` and returns the problems it finds. A rule that needs a value which is missing
+or wrong says nothing: that value has a problem of its own already.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.problems import Problem, nearest
+
+
+class Unread(LookupError):
+    """A rule asked for a value that is missing or wrong."""
+
+
+class Known:
+    """The values of a configuration that can be read, by dotted key."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, place: str) -> Any:
+        value: Any = self._values
+        for part in place.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise Unread(place)
+            value = value[part]
+        return value
+
+
+Rule = Callable[[Known], list[Problem]]
+
+
+def numbers(known: Known) -> list[Problem]:
+    """Problems of values against each other; looks at nothing outside the configuration."""
+    return _apply([_batch_split, _workers, _lanes, _schedule, _optimizer, _precision, _retention, _evaluation], known)
+
+
+def folders(known: Known) -> list[Problem]:
+    """Problems on disk: data folders missing or not indexed, files that the task names missing."""
+    return _apply([_train_folder, _evaluation_folders, _task_paths], known)
+
+
+def _apply(rules: Iterable[Rule], known: Known) -> list[Problem]:
+    problems: list[Problem] = []
+    for rule in rules:
+        try:
+            problems += rule(known)
+        except Unread:
+            continue
+    return problems
+
+
+def _batch_split(known: Known) -> list[Problem]:
+    batch, micro = known["global_batch_size"], known["micro_batch_size"]
+    if batch % micro == 0:
+        return []
+    workers = _workers_or_one(known)  # what is suggested here should not be refused by the next rule
+    micros = _around(micro, [size for size in _divisors(batch) if batch // size >= workers])
+    batches = sorted({max(count, workers) * micro for count in (batch // micro, batch // micro + 1)})
+    message = f"global_batch_size {batch} is not a multiple of micro_batch_size {micro}"
+    mends = [f"micro_batch_size to {_either(micros)}"] * bool(micros) + [f"global_batch_size to {_either(batches)}"]
+    return [Problem("micro_batch_size", message, suggestion=f"set {', or '.join(mends)}")]
+
+
+def _workers(known: Known) -> list[Problem]:
+    batch, micro, workers = known["global_batch_size"], known["micro_batch_size"], known["cluster.workers"]
+    if batch % micro or workers <= batch // micro:
+        return []
+    count = batch // micro
+    message = f"{workers} workers share {count} micro batch{'es' if count > 1 else ''} per step ({batch} / {micro})"
+    message += ", and each needs one"
+    smaller = [size for size in _divisors(batch) if batch // size >= workers]
+    mends = [f"cluster.workers to at most {count}", f"global_batch_size to {workers * micro}"]
+    if smaller:
+        mends.insert(1, f"micro_batch_size to {smaller[-1]}")
+    return [Problem("cluster.workers", message, suggestion=f"set {', or '.join(mends)}")]
+
+
+def _lanes(known: Known) -> list[Problem]:
+    lanes, batch = known["data.lanes"], known["global_batch_size"]
+    if lanes is None or batch % lanes == 0:
+        return []
+    message = f"{lanes} lanes do not divide global_batch_size {batch} evenly"
+    mend = f"set it to {_either(_around(lanes, _divisors(batch)))}, or leave it out (one lane per micro batch)"
+    return [Problem("data.lanes", message, suggestion=mend)]
+
+
+def _schedule(known: Known) -> list[Problem]:
+    name, warmup, decay = (known[f"optim.schedule.{key}"] for key in ("name", "warmup", "decay"))
+    problems = []
+    if name == "wsd" and decay is None:
+        mend = "add `decay: ...`, the steps of its last, falling part (often a tenth of the run)"
+        problems.append(Problem("optim.schedule", "wsd needs to know when to fall", suggestion=mend))
+    if name != "wsd" and decay is not None:
+        mend = "leave it out, or set optim.schedule.name to wsd"
+        problems.append(Problem("optim.schedule.decay", f"is not read by the {name} schedule", suggestion=mend))
+    length, steps = warmup + (decay or 0 if name == "wsd" else 0), known["steps"]
+    if length > steps:
+        parts = f"warmup {warmup}" + (f" + decay {decay}" if length > warmup else "")
+        mend = f"set steps to at least {length}, or shorten the schedule"
+        problems.append(Problem("optim.schedule", f"{parts} is longer than the {steps} steps", suggestion=mend))
+    return problems
+
+
+def _optimizer(known: Known) -> list[Problem]:
+    if known["optim.name"] == "sgd" and known["optim.nesterov"] and not known["optim.momentum"]:
+        mend = "set optim.momentum above 0, or nesterov to false"
+        return [Problem("optim.nesterov", "needs momentum", suggestion=mend)]
+    return []
+
+
+def _precision(known: Known) -> list[Problem]:
+    if known["precision.dtype"] == "fp16" and known["cluster.gpu"] is False:
+        mend = "set it to bf16 or fp32, or leave cluster.gpu out"
+        return [Problem("precision.dtype", "fp16 needs a GPU, and cluster.gpu is false", suggestion=mend)]
+    return []
+
+
+def _retention(known: Known) -> list[Problem]:
+    every, keep_every = known["checkpoint.every"], known["checkpoint.keep_every"]
+    if keep_every is None or keep_every % every == 0:
+        return []
+    message = f"{keep_every} is not a multiple of checkpoint.every {every}, so most of these steps are never saved"
+    multiples = [size for size in (keep_every // every * every, (keep_every // every + 1) * every) if size]
+    return [Problem("checkpoint.keep_every", message, suggestion=f"set it to {_either(multiples)}")]
+
+
+def _evaluation(known: Known) -> list[Problem]:
+    sets, every, best = sorted(known["data.evaluate"]), known["evaluate.every"], known["evaluate.best"]
+    problems = []
+    if every is not None and not sets:
+        mend = "add `evaluate: {test: FOLDER}` to data, or leave evaluate.every out"
+        problems.append(
+            Problem("evaluate.every", "there is nothing to evaluate: data.evaluate is empty", suggestion=mend)
+        )
+    if best is not None:
+        name, slash, metric = best.partition("/")
+        mend = nearest(best, [f"{known_set}/{metric}" for known_set in sets])
+        mend = mend or (
+            f"the sets are: {', '.join(sets)}" if sets else "name a folder in data.evaluate, or leave it out"
+        )
+        if not slash or not metric:
+            example = f"{sets[0] if sets else 'test'}/{name}"
+            problems.append(Problem("evaluate.best", f"{best!r} is not set/metric", suggestion=f"such as {example}"))
+        elif name not in sets:
+            problems.append(Problem("evaluate.best", f"{name!r} is not a set of data.evaluate", suggestion=mend))
+    return problems
+
+
+def _train_folder(known: Known) -> list[Problem]:
+    return _folder("data.train", known["data.train"])
+
+
+def _evaluation_folders(known: Known) -> list[Problem]:
+    return [
+        problem for name, path in known["data.evaluate"].items() for problem in _folder(f"data.evaluate.{name}", path)
+    ]
+
+
+def _task_paths(known: Known) -> list[Problem]:
+    """Whatever a task's own Config has as a path (a tokenizer, a pretrained folder) must be there."""
+    paths = {f"task.{key}": value for key, value in known["task"].items() if isinstance(value, Path)}
+    return [_missing(place, path, "check the path") for place, path in paths.items() if not path.exists()]
+
+
+def _missing(place: str, path: Path, mend: str) -> Problem:
+    siblings = [str(item) for item in path.parent.glob("*")] if path.parent.is_dir() else []
+    message = f"there is no {path}" + ("" if path.is_absolute() else f" in {os.getcwd()}")
+    return Problem(place, message, suggestion=nearest(str(path), siblings) or mend)
+
+
+def _folder(place: str, folder: Path) -> list[Problem]:
+    if not folder.is_dir():
+        return [_missing(place, folder, f"make it with {_pack(folder)}")]
+    if (folder / "index.json").is_file():
+        return []
+    if any(folder.glob("*.tar")):
+        mend = f"run `millstream data index {folder}`"
+        return [Problem(place, f"the shards in {folder} have no index", suggestion=mend)]
+    mend = f"name a folder of packed shards; raw files are packed with {_pack(folder)}"
+    return [Problem(place, f"{folder} holds neither index.json nor tar shards", suggestion=mend)]
+
+
+def _pack(folder: Path) -> str:
+    """The command that makes `folder`; packing writes OUT/train and OUT/test."""
+    if folder.name in ("train", "test"):
+        return f"`millstream data pack SOURCE {folder.parent}`"
+    return "`millstream data pack SOURCE OUT`, which makes OUT/train"
+
+
+def _workers_or_one(known: Known) -> int:
+    try:
+        return max(1, known["cluster.workers"])
+    except Unread:
+        return 1
+
+
+def _divisors(number: int) -> list[int]:
+    small = [size for size in range(1, int(number**0.5) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
+
+
+def _around(value: int, choices: list[int]) -> list[int]:
+    """The nearest choice below and the nearest above."""
+    return [*[size for size in choices if size <= value][-1:], *[size for size in choices if size > value][:1]]
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(map(str, values))

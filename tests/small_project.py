@@ -1,0 +1,62 @@
+"""A working directory to check configurations in: two data folders, a task of its own, and good.yaml."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import load
+from pipeline.problems import InvalidConfig, Problem
+
+TASK = """
+from pathlib import Path
+from pydantic import Field
+from pipeline.config import Strict
+class Config(Strict):
+    name: str
+    width: int = Field(default=8, ge=1, description="channels")
+    vocabulary: Path | None = None
+class Task:
+    pass
+"""
+GOOD: dict[str, Any] = {
+    "name": "small",
+    "steps": 100,
+    "global_batch_size": 64,
+    "micro_batch_size": 16,
+    "data": {"train": "data/train", "evaluate": {"test": "data/test"}},
+    "task": {"name": "house.blobs", "width": 4},
+    "optim": {"name": "adamw", "lr": "3e-4"},
+}
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with two indexed data folders, a task of its own, and good.yaml."""
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "index.json").write_text("{}")
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "blobs.py").write_text(TASK)
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump(GOOD, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "house"]:
+        del sys.modules[name]
+
+
+def problems(*overrides: str, path: str = "good.yaml") -> list[Problem]:
+    with pytest.raises(InvalidConfig) as caught:
+        load(path, overrides)
+    return caught.value.problems
+
+
+def written(text: str) -> str:
+    Path("other.yaml").write_text(text)
+    return "other.yaml"
