@@ -1,0 +1,194 @@
+"""Indexing folders of real tars, made by WebDataset, by GNU tar and by tarfile; indexes that do not fit."""
+
+from __future__ import annotations
+
+import bz2
+import gc
+import gzip
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+from webdataset.compat import WebDataset
+from webdataset.writer import ShardWriter
+from xxhash import xxh3_64_intdigest
+
+from pipeline.data import index as indexer
+from pipeline.data.index import build, open_index
+from pipeline.errors import DataError
+from tests.small_tars import Members, contents, grouped, samples, write_tar
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three shards of uneven length, indexed."""
+    write_tar(tmp_path / "a.tar", samples(30))
+    write_tar(tmp_path / "b.tar", samples(1, 30))
+    write_tar(tmp_path / "c.tar", samples(16, 31))
+    build(tmp_path)
+    return tmp_path
+
+
+def test_index_counts_locates_and_has_every_digest(folder: Path):
+    index = open_index(folder)
+    assert [(shard.name, shard.samples) for shard in index.shards] == [("a.tar", 30), ("b.tar", 1), ("c.tar", 16)]
+    assert index.samples == 47
+    assert index.bytes == sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert [index.locate(number) for number in (0, 29, 30, 31, 46)] == [(0, 0), (0, 29), (1, 0), (2, 0), (2, 15)]
+    for wrong in (-1, 47):
+        with pytest.raises(IndexError, match=f"no sample {wrong}, there are 47"):
+            index.locate(wrong)
+    segment = index.segment(2)
+    tar = (folder / "c.tar").read_bytes()
+    assert segment.samples == 16 and segment.first_fields.tolist() == list(range(0, 33, 2))
+    for offset, length, digest, _ in segment.table.tolist():
+        assert xxh3_64_intdigest(tar[offset : offset + length]) == digest
+    assert contents(folder) == grouped(samples(47))
+
+
+def test_identity_follows_contents_and_names_only(folder: Path, tmp_path: Path):
+    identity = open_index(folder).identity
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("elsewhere"))
+    for path in copied.iterdir():
+        os.utime(path, (1, 1))
+    assert open_index(copied).identity == identity == build(copied, workers=2).identity
+    tar = copied / "b.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"sample 30", b"sample 3x"))
+    assert build(copied).identity != identity
+    shutil.copy(folder / "b.tar", tar)
+    assert build(copied).identity == identity
+    tar.rename(copied / "d.tar")
+    assert build(copied).identity != identity
+
+
+def test_scan_gives_shards_one_by_one_and_writes_no_root(folder: Path):
+    (folder / "index.json").unlink()
+    shards = indexer.scan(folder)
+    assert next(shards).name == "a.tar"
+    assert not (folder / "index.json").exists()
+    with pytest.raises(DataError, match=r"no index .*millstream data index"):
+        open_index(folder)
+    rest = list(shards)
+    assert indexer.commit(folder, [*rest, *indexer.scan(folder)][:3]).samples == 47
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["index.json", *(f"{name}.tar{end}" for name in "abc" for end in ("", ".idx"))]
+    )
+
+
+def test_members_of_one_key_need_not_be_neighbours(tmp_path: Path):
+    members = [
+        ("b.txt", b"b"),
+        ("a.txt", b"a"),
+        ("c.cls", b"1"),
+        ("a.cls", b"2"),
+        ("b.cls", b"3"),
+        ("README", b"no sample"),
+    ]
+    members += [("__meta__/a.json", b"{}"), (".hidden", b"x"), ("a/._b.txt", b"x")]
+    write_tar(tmp_path / "a.tar", members)
+    build(tmp_path)
+    found = contents(tmp_path)
+    assert list(found) == ["b", "a", "c"]
+    assert found == {"b": {"txt": b"b", "cls": b"3"}, "a": {"txt": b"a", "cls": b"2"}, "c": {"cls": b"1"}}
+
+
+def test_tars_of_webdataset_and_of_tar_hold_the_same_samples(tmp_path: Path):
+    """ShardWriter's shards and GNU tar's of the same files are read alike; WebDataset is not disturbed by our index."""
+    ours, plain, files = (tmp_path / name for name in ("wds", "plain", "files"))
+    for path in (ours, plain, files):
+        path.mkdir()
+    expected = grouped(samples(20))
+    with ShardWriter(f"{ours}/%04d.tar", maxcount=8, verbose=0) as writer:
+        for key, fields in expected.items():
+            writer.write({"__key__": key, **fields})
+    for name, data in samples(20):
+        (files / name).write_bytes(data)
+    subprocess.run(["tar", "--sort=name", "-cf", plain / "0.tar", "-C", files, "."], check=True)
+    assert build(ours).samples == build(plain).samples == 20
+    assert contents(ours) == expected
+    assert {key.removeprefix("./"): fields for key, fields in contents(plain).items()} == expected
+    shards = [str(path) for path in sorted(ours.glob("*.tar"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # WebDataset leaves closing its files to the garbage collector
+        read = list(WebDataset(shards, shardshuffle=False))
+        gc.collect()
+    assert {sample["__key__"]: {"txt": sample["txt"], "cls": sample["cls"]} for sample in read} == expected
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("../a.txt", b"1")], r"member \.\./a\.txt points outside .*tar -C FOLDER"),
+        ([("/etc/a.txt", b"1")], "member /etc/a.txt points outside"),
+        ([("a.txt", b"1"), ("b.txt", b"1"), ("a.TXT", b"2")], r"member a\.txt is there 2 times"),
+        ([("README", b"1")], "no member is named KEY.EXTENSION.*README"),
+        ([], "hold no samples"),
+    ],
+)
+def test_names_that_make_no_samples_are_refused(tmp_path: Path, members: Members, message: str):
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=message):
+        build(tmp_path)
+
+
+def test_compressed_and_absent_shards_are_refused_with_the_way_out(tmp_path: Path):
+    with pytest.raises(DataError, match="no such folder"):
+        build(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"no \.tar shards"):
+        build(tmp_path)
+    (tmp_path / "train").mkdir()
+    tar = write_tar(tmp_path / "train" / "a.tar", samples(3))
+    with pytest.raises(DataError, match="its folder train has some"):
+        build(tmp_path)
+    plain = tar.read_bytes()
+    for compress, message in ((gzip.compress, "gzip -d"), (bz2.compress, "bzip2 -d"), (lzma.compress, "xz -d")):
+        tar.write_bytes(compress(plain))
+        with pytest.raises(DataError, match=rf"a\.tar: .*compressed.*`{message}`"):
+            build(tar.parent)
+    tar.rename(tar.with_name("a.tar.xz"))
+    with pytest.raises(DataError, match=r"a\.tar\.xz: compressed shards are not read"):
+        build(tar.parent)
+
+
+def test_other_programs_files_are_left_alone(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", samples(3))
+    for name in ("a.tar.idx", "index.json"):
+        (tmp_path / name).write_bytes(b"somebody's")
+        with pytest.raises(DataError, match=rf"{name}: another program's index"):
+            build(tmp_path)
+        assert (tmp_path / name).read_bytes() == b"somebody's"
+        (tmp_path / name).unlink()
+
+
+def test_an_index_that_does_not_fit_is_named(folder: Path):
+    root = folder / "index.json"
+    good, tar, segment = root.read_bytes(), (folder / "c.tar").read_bytes(), (folder / "c.tar.idx").read_bytes()
+    (folder / "c.tar").write_bytes(tar + bytes(512))
+    with pytest.raises(DataError, match=rf"c\.tar had {len(tar)} bytes, has {len(tar) + 512}.*millstream data index"):
+        open_index(folder)
+    (folder / "c.tar").rename(folder / "d.tar")
+    with pytest.raises(DataError, match=r"c\.tar is gone; d\.tar is new"):
+        open_index(folder)
+    (folder / "d.tar").unlink()
+    (folder / "c.tar").write_bytes(tar)
+    for damaged in (good[:-20], good.replace(b'"a.tar", 30', b'"a.tar", 31'), b"{}", b""):
+        root.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"index\.json: damaged"):
+            open_index(folder)
+    root.write_bytes(good.replace(b'"version": 1', b'"version": 9'))
+    with pytest.raises(DataError, match="format 9, this Millstream reads format 1"):
+        open_index(folder)
+    root.write_bytes(good)
+    (folder / "c.tar.idx").write_bytes(segment[:-1] + bytes([segment[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"c\.tar\.idx: damaged, or older or newer"):
+        open_index(folder).segment(2)
+    (folder / "c.tar.idx").unlink()
+    with pytest.raises(DataError, match=r"c\.tar\.idx: .*missing"):
+        open_index(folder).segment(2)
+    assert build(folder).identity == json.loads(good)["identity"]
