@@ -1,0 +1,241 @@
+"""A look into a data set: a summary for the terminal, and its first samples as one picture or one page.
+
+A few samples, spread evenly, stand for all; classes are counted by the card where there is one, else over at most
+`COUNTED` samples. Text is read with the tokenizer beside the shards. What it gives up: it checks nothing, that is what
+`millstream data verify` is for.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pipeline.data.reader import Dataset, Sample, open_dataset
+from pipeline.data.text import load_tokenizer
+from pipeline.errors import DataError
+
+COUNTED = 100_000  # samples whose class is read when no card tells
+TILE = 128  # pixels, side of one picture on a sheet
+PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+def preview(folder: Path | str, count: int = 4) -> str:
+    """What is in a data set, as text: size, card, classes, and `count` samples with their fields. Raises DataError."""
+    folder = Path(folder)
+    with open_dataset(folder) as dataset:
+        samples = _spread(dataset, max(count, 16))
+        parts = [_size(dataset), *_card(folder), *_classes(dataset, folder), *_shapes(samples)]
+        show = _Show(folder)
+        for sample in _spread(dataset, count):
+            parts += ["", f"sample {sample.number}, {sample.key}"]
+            parts += [f"  {field}: {show.field(sample, field)}" for field in sample.fields]
+    return "\n".join(parts)
+
+
+def write_sheet(folder: Path | str, out: Path | str, count: int = 64) -> None:
+    """Write `count` samples, spread evenly, as one file: a picture (.png, images only) or a page (.html).
+
+    Raises DataError for another ending, and for a picture of samples that hold none.
+    """
+    folder, out = Path(folder), Path(out)
+    suffix = out.suffix.lower()
+    if suffix not in (".png", ".html"):
+        raise DataError(f"{out.name}: a sheet is a .png or a .html file; name it so")
+    show = _Show(folder)
+    with open_dataset(folder) as dataset:
+        samples = _spread(dataset, count)
+        if suffix == ".html":
+            out.write_text(_page(dataset, samples, show), encoding="utf-8")
+            return
+        if not any(_picture_field(sample) for sample in samples):
+            raise DataError(
+                f"{folder} holds no pictures but {', '.join(samples[0].fields)}; write a .html page instead"
+            )
+        _sheet([(_thumbnail(sample), _title(sample, show)) for sample in samples]).save(out)
+
+
+class _Show:
+    """How the fields of one data set read: with its class names and its tokenizer, if it has them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.classes = _read_json(folder / "classes.json") or []
+        self.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+    def field(self, sample: Sample, field: str, characters: int = 300) -> str:
+        """One line on one field."""
+        value = sample[field]
+        if field == "cls":
+            return self.class_name(value)
+        if isinstance(value, np.ndarray):
+            text = self.text(value) if field == "npy" else None
+            what = f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+            if text is not None:
+                return f"{what} {_short(text, characters)!r}"
+            if not value.size:
+                return what
+            ends = f", {value.min():g} to {value.max():g}" if np.issubdtype(value.dtype, np.number) else ""
+            return f"{what}{ends}, {len(sample.raw(field)):,} bytes"
+        return f"{len(value)} bytes" if isinstance(value, bytes) else repr(_short(str(value), characters))
+
+    def class_name(self, value: int) -> str:
+        """The number of a class and its name, if it has one of its own."""
+        name = str(self.classes[value]) if 0 <= value < len(self.classes) else ""
+        return f"{value} ({name})" if name and name != str(value) else str(value)
+
+    def text(self, tokens: np.ndarray) -> str | None:
+        """What a row of tokens says, None when there is no tokenizer or these are no tokens."""
+        if self.tokenizer is None or tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            return None
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+
+def _spread(dataset: Dataset, count: int) -> list[Sample]:
+    """At most `count` samples, at even distances from the first to the last."""
+    numbers = np.unique(np.linspace(0, len(dataset) - 1, min(max(count, 1), len(dataset))).astype(int))
+    return [dataset.sample(int(number)) for number in numbers]
+
+
+def _size(dataset: Dataset) -> str:
+    index = dataset.index
+    return (
+        f"{index.folder}: {index.samples:,} samples in {len(index.shards)} shards, {index.bytes / 1e6:,.1f} MB, "
+        f"identity {index.identity[:12]}"
+    )
+
+
+def _card(folder: Path) -> list[str]:
+    card = _read_json(folder / "card.json")
+    if not card:
+        return []
+    licence = f", licence {card['licence']}" if card.get("licence") else ""
+    lines = [f"packed from {card['source']} as {card['kind']}, split {card['split']}{licence}"]
+    if card["kind"] == "text":
+        keys = ("files", "documents", "tokens", "bytes", "rows", "length", "vocab_size")
+        lines.append(", ".join(f"{key.replace('_', ' ')} {card[key]:,}" for key in keys))
+        if card.get("xz_bytes"):
+            lines.append(f"xz -9 of this text: {8 * card['xz_bytes'] / card['bytes']:.3f} bits per byte")
+    return lines + [f"warning: {warning}" for warning in card.get("warnings", [])]
+
+
+def _classes(dataset: Dataset, folder: Path) -> list[str]:
+    """The balance of the classes: how many there are, the largest, the smallest."""
+    card = _read_json(folder / "card.json") or {}
+    if "classes" in card:
+        counts, note = Counter(card["classes"]), ""
+    elif "cls" in dataset.sample(0):
+        show = _Show(folder)
+        samples = _spread(dataset, COUNTED)
+        counts = Counter(show.class_name(sample["cls"]) for sample in samples if "cls" in sample)
+        note = f" (of {len(samples):,} samples)" if len(samples) < len(dataset) else ""
+    else:
+        return []
+    ranked = [f"{name}: {number:,}" for name, number in counts.most_common()]
+    listed = ranked if len(ranked) <= 12 else [*ranked[:6], "...", *ranked[-5:]]
+    return [f"{len(counts)} classes, samples of each{note}: {', '.join(listed)}"]
+
+
+def _shapes(samples: Sequence[Sample]) -> list[str]:
+    """One line per field: in how many samples of those looked at, and with which shapes."""
+    shapes: dict[str, Counter[str]] = {}
+    for sample in samples:
+        for field in sample.fields:
+            value = sample[field]
+            what = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+            shapes.setdefault(field, Counter())[what] += 1
+    lines = []
+    for field, counts in shapes.items():
+        common = ", ".join(f"{number} x {what}" for what, number in counts.most_common(4))
+        more = f" and {len(counts) - 4} more" if len(counts) > 4 else ""
+        lines.append(f"field {field}, {len(samples)} samples looked at: {common}{more}")
+    return lines
+
+
+def _picture_field(sample: Sample) -> str | None:
+    return next((field for field in sample.fields if field.rpartition(".")[2] in PICTURES), None)
+
+
+def _thumbnail(sample: Sample) -> Image.Image:
+    """The sample's picture in TILE x TILE, small ones enlarged by whole numbers so that pixels stay visible."""
+    tile = Image.new("RGB", (TILE, TILE), "#eeeeee")
+    field = _picture_field(sample)
+    if field is None:
+        return tile
+    pixels = sample[field]
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+    scale = TILE / max(image.size)
+    scale = int(scale) if scale >= 1 else scale
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    tile.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
+    return tile
+
+
+def _title(sample: Sample, show: _Show) -> str:
+    return f"{sample.number}: {show.class_name(sample['cls'])}" if "cls" in sample else f"{sample.number}"
+
+
+def _sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """All tiles with their titles in a grid that is about square."""
+    columns = int(np.ceil(np.sqrt(len(tiles))))
+    rows = -(-len(tiles) // columns)
+    gap, caption = 8, 16
+    sheet = Image.new("RGB", (columns * (TILE + gap) + gap, rows * (TILE + caption + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (tile, title) in enumerate(tiles):
+        left, top = gap + i % columns * (TILE + gap), gap + i // columns * (TILE + caption + gap)
+        sheet.paste(tile, (left, top))
+        draw.text((left, top + TILE + 2), _short(title.encode("ascii", "replace").decode(), 21), fill="black")
+    return sheet
+
+
+def _page(dataset: Dataset, samples: Sequence[Sample], show: _Show) -> str:
+    """One HTML page that needs nothing beside it."""
+    items = [
+        f"<figure>{_body(sample, show)}<figcaption>{html.escape(_title(sample, show))}</figcaption></figure>"
+        for sample in samples
+    ]
+    head = html.escape(_size(dataset))
+    style = (
+        "body{font:14px sans-serif;margin:16px}main{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0}"
+        "figcaption{font-size:12px}"
+        "pre{width:38em;height:16em;overflow:auto;background:#eee;padding:8px;white-space:pre-wrap}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{head}</title><style>{style}</style>'
+        f"<h1>{html.escape(dataset.index.folder.name)}</h1><p>{head}</p><main>{''.join(items)}</main></html>\n"
+    )
+
+
+def _body(sample: Sample, show: _Show) -> str:
+    """The picture of a sample, else its text, else a line on each of its fields."""
+    if _picture_field(sample):
+        buffer = io.BytesIO()
+        _thumbnail(sample).save(buffer, format="PNG")
+        return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    text = show.text(sample["npy"]) if "npy" in sample else None
+    if text is None:
+        text = "\n".join(f"{field}: {show.field(sample, field)}" for field in sample.fields)
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _short(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 3] + "..."
+
+
+def _read_json(path: Path) -> Any:
+    """The JSON in a file beside the shards, None when there is no such file; DataError when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(f"{path} is not readable JSON ({error}); remove it, or pack the data set again") from error

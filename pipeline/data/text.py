@@ -1,0 +1,276 @@
+"""Text files -> rows of tokens of fixed length in WebDataset shards.
+
+Files become documents, documents are held out, a byte-level BPE tokenizer is trained on the others (or loaded), and
+each split becomes one stream: end-of-text, document, end-of-text, document, ... Row i holds tokens [i * length, i *
+length + length], one more than `length`: inputs are row[:-1], targets row[1:], and each token of the stream but the
+very first is predicted exactly once. The stream lies in a scratch file while rows are shuffled, so memory holds a
+group of documents, not the corpus.
+
+text.json beside the shards has what bits per byte are computed from, and what `xz -9` makes of the held-out text.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.data.corpus import PATTERNS, Corpus, look_through
+from pipeline.data.writer import (
+    MEMBER_BYTES,
+    Packed,
+    Packing,
+    Progress,
+    common,
+    held_out,
+    new_folder,
+    permutation,
+    silent,
+    write_card,
+    write_json,
+    write_split,
+)
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # ours, then others in use
+PIECE_CHARACTERS = 1 << 20  # longer documents are tokenized in pieces that end with a line
+GROUP_CHARACTERS = 4 << 20  # tokenized at once, on all cores
+XZ_LIMIT_BYTES = 1 << 28  # xz takes a second for 2 MB; beyond this its figure is left out
+
+
+@dataclass(frozen=True)
+class Text:
+    """What of the source is text, and how it becomes rows."""
+
+    length: int = 512  # tokens predicted per row; a row holds one more
+    vocab_size: int = 8192  # of the tokenizer that is trained
+    tokenizer: Path | None = None  # a tokenizer.json, or a folder with one, to use instead of training
+    end_of_text: str | None = None  # the token between documents; None: the tokenizer's own
+    patterns: tuple[str, ...] = PATTERNS
+    exclude: tuple[str, ...] = ()  # patterns of file and folder names that are left out
+    field: str = "text"  # of each line of a .jsonl
+
+
+def pack_text(source: Path, out: Path, packing: Packing, text: Text, *, progress: Progress = silent) -> Packed:
+    """Pack text as rows {row}.npy (uint16 or uint32, [length + 1]; the last of the stream may be shorter) and
+    {row}.starts.npy (uint32: places in the row where a document begins, at its end-of-text token).
+
+    `packing.holdout` counts documents: files, and lines of .jsonl. Beside the shards: tokenizer.json, text.json. Raises
+    DataError when there is no text, a .jsonl line cannot be read, or the tokenizer does not fit.
+    """
+    if text.length < 1:
+        raise DataError(f"rows of {text.length} tokens cannot be; give a length of at least 1")
+    with new_folder(out) as folder:
+        corpus, warnings = look_through(source, text.patterns, text.exclude, text.field, progress)
+        if packing.holdout and len(corpus.names) == 1:
+            raise DataError(
+                f"{source} is one document, none can be held out; split it into several files, or hold out 0"
+            )
+        mask = held_out(corpus.names, packing.holdout, "documents")
+        warnings += common(corpus.digests, mask, "documents")
+        tokenizer = (
+            load_tokenizer(text.tokenizer) if text.tokenizer else _train(corpus, ~mask, text.vocab_size, progress)
+        )
+        facts: dict[str, Any] = {
+            "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+            "length": text.length,
+            "eot_id": _end_of_text(tokenizer, text),
+            "lossless": _is_lossless(tokenizer, corpus.texts(np.ones_like(mask))),
+        }
+        if not text.tokenizer and facts["vocab_size"] < text.vocab_size:
+            warnings.append(f"the text gives a vocabulary of {facts['vocab_size']} tokens, not {text.vocab_size}")
+        if not facts["lossless"]:
+            warnings.append(
+                "the tokenizer does not give the text back unchanged: its bits per byte compare with nothing else"
+            )
+        parts = {"train": ~mask, "test": mask} if mask.any() else {"train": ~mask}
+        rows = {}
+        for name, chosen in parts.items():
+            rows[name] = _write_part(folder / name, corpus, chosen, tokenizer, facts, packing, warnings, progress)
+    return Packed(out, rows, tuple(warnings))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of a folder of transformers that has one; raises DataError."""
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more exact
+        raise DataError(f"{file} is no tokenizer that can be read: {error}") from error
+    tokenizer.no_truncation()  # both may be set in the file, and would cut or fill documents without a word
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" spelled out in a document is text
+    return tokenizer
+
+
+def _train(corpus: Corpus, mask: np.ndarray, vocab_size: int, progress: Progress) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2) from the chosen documents only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise DataError(
+            f"a vocabulary of {vocab_size} cannot hold the 256 bytes and the end of text; give at least 257"
+        )
+
+    def texts() -> Iterator[str]:
+        for i, text in enumerate(corpus.texts(mask)):
+            yield text
+            progress("train tokenizer", i + 1, int(mask.sum()))
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _end_of_text(tokenizer: Tokenizer, text: Text) -> int:
+    """The id of the token between documents: the one asked for, the tokenizer's own, or one known by its name."""
+    names: list[str | None] = [text.end_of_text] if text.end_of_text else [*END_OF_TEXT]
+    settings = (text.tokenizer / "tokenizer_config.json") if text.tokenizer and text.tokenizer.is_dir() else None
+    if settings and settings.is_file() and not text.end_of_text:
+        own = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        names.insert(0, own.get("content") if isinstance(own, dict) else own)
+    for name in names:
+        number = tokenizer.token_to_id(name) if name else None
+        if number is not None:
+            return number
+    raise DataError(
+        f"the tokenizer has no end-of-text token ({' '.join(filter(None, names))}); name one it has (end_of_text)"
+    )
+
+
+def _is_lossless(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
+    """Whether the first documents come back from their tokens unchanged."""
+    pieces = [text[:PIECE_CHARACTERS] for text in islice(texts, 16)]
+    ids = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
+    return tokenizer.decode_batch(ids, skip_special_tokens=False) == pieces
+
+
+def _write_part(
+    folder: Path,
+    corpus: Corpus,
+    mask: np.ndarray,
+    tokenizer: Tokenizer,
+    common_facts: dict[str, Any],
+    packing: Packing,
+    warnings: list[str],
+    progress: Progress,
+) -> int:
+    """Tokenize and write one split; how many rows it has."""
+    scratch = folder.with_suffix(".tokens")
+    stream, starts = _tokenize(scratch, corpus.texts(mask), int(mask.sum()), tokenizer, common_facts, progress)
+    length = common_facts["length"]
+    rows = -(-(len(stream) - 1) // length)
+    if not rows:
+        raise DataError(f"the documents for {folder.name} have no tokens; pack more text")
+    order = permutation(rows, packing)
+    sample_bytes = 2 * MEMBER_BYTES + (length + 1) * stream.itemsize + 2 * 128
+    samples = ((f"{i:09d}", _row(stream, starts, int(i), length)) for i in order)
+    write_split(folder, samples, rows, sample_bytes, packing, progress)
+    scratch.unlink()
+    size_bytes = int(corpus.size_bytes[mask].sum())
+    xz_bytes = None
+    if folder.name == "test" and size_bytes <= XZ_LIMIT_BYTES:
+        progress("xz -9", 0, 1)
+        xz_bytes = _xz_bytes(corpus.texts(mask))
+        progress("xz -9", 1, 1)
+    facts = common_facts | {
+        "bytes": size_bytes,
+        "tokens": len(stream),
+        "rows": rows,
+        "documents": int(mask.sum()),
+        "files": len(np.unique(corpus.file_of[mask])),
+        "xz_bytes": xz_bytes,
+    }
+    write_json(folder / "text.json", {"format": 1, **facts})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_card(folder, "text", corpus.source, packing, {"samples": rows, **facts, "warnings": warnings})
+    return rows
+
+
+def _row(stream: np.ndarray, starts: np.ndarray, row: int, length: int) -> dict[str, bytes]:
+    """One sample: its tokens, and where in them documents begin."""
+    low = row * length
+    tokens = stream[low : low + length + 1]
+    first, last = np.searchsorted(starts, (low, low + len(tokens)))
+    return {"npy": _npy(tokens), "starts.npy": _npy((starts[first:last] - low).astype(np.uint32))}
+
+
+def _npy(values: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _tokenize(
+    path: Path, texts: Iterator[str], count: int, tokenizer: Tokenizer, facts: dict[str, Any], progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write the stream of tokens to `path`: the stream as a memory map, int64[documents] where each document begins."""
+    dtype = np.uint16 if facts["vocab_size"] <= 1 << 16 else np.uint32
+    starts, total = array("q"), 0
+    with open(path, "wb") as file:
+        for group in _groups(texts):
+            pieces = tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (begins, _), encoding in zip(group, pieces):
+                if begins:
+                    starts.append(total)
+                ids = np.array([facts["eot_id"]] * begins + encoding.ids, dtype=dtype)
+                file.write(ids.tobytes())
+                total += len(ids)
+            progress("tokenize", len(starts), count)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(total,)), np.array(starts)
+
+
+def _groups(texts: Iterator[str]) -> Iterator[list[tuple[bool, str]]]:
+    """Pieces of documents, (whether it begins its document, text), in groups of a size that memory holds."""
+    group: list[tuple[bool, str]] = []
+    size = 0
+    for text in texts:
+        for i, piece in enumerate(_pieces(text)):
+            group.append((i == 0, piece))
+            size += len(piece)
+            if size >= GROUP_CHARACTERS:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of at most PIECE_CHARACTERS, each but the last ending with a line where there is one."""
+    begin = 0
+    while len(text) - begin > PIECE_CHARACTERS:
+        cut = text.rfind("\n", begin, begin + PIECE_CHARACTERS) + 1
+        end = cut if cut > begin else begin + PIECE_CHARACTERS
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _xz_bytes(texts: Iterator[str]) -> int:
+    """What `xz -9` makes of the texts, one after the other."""
+    compressor = lzma.LZMACompressor(preset=9)
+    return sum(len(compressor.compress(text.encode())) for text in texts) + len(compressor.flush())
