@@ -1,0 +1,152 @@
+"""The networks of transformers: a model type and options, or a pretrained folder -> nn.Module in fp32.
+
+Options are the fields of that type's own configuration class, so its documentation is the reference. Transformers
+takes any keyword and forgets those it does not know; here they are refused, with the nearest field that exists.
+Nothing is ever downloaded. What it gives up: model types whose code is not part of transformers ("remote code").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import ConfigError
+from pipeline.problems import nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+Head = Literal["image classification", "causal language modeling"]
+
+
+def configure(
+    head: Head,
+    architecture: str,
+    options: Mapping[str, Any],
+    *,
+    follows: Mapping[str, Any] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> PreTrainedConfig:
+    """The transformers configuration of `architecture` (a model type such as "resnet" or "llama") with `options` set.
+
+    `follows` are fields whose value follows from other keys of the task: set where the type has them, refused in
+    `options`. `defaults` are ours instead of the type's: set where the type has them and `options` say nothing.
+    Raises ConfigError, with all unknown options at once, when type, options or their values do not fit.
+    """
+    import transformers
+
+    known_types = sorted(_model_names(head))
+    if architecture not in known_types:
+        hint = nearest(architecture, known_types) or f"known: {', '.join(known_types)}"
+        raise ConfigError(f"task.architecture: transformers has no {architecture!r} for {head}; {hint}")
+    config_class = transformers.AutoConfig.for_model(architecture).__class__
+    fields = option_names(config_class)
+    problems = [
+        f"task.model.{name}: follows from the task's other keys; remove it" for name in options if name in follows
+    ]
+    for name in options:
+        if name not in fields and name not in follows:
+            hint = nearest(name, fields) or f"known: {', '.join(sorted(fields))}"
+            problems.append(f"task.model.{name}: {config_class.__name__} has no such field; {hint}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    ours = {name: value for name, value in {**defaults, **follows}.items() if name in fields or name == "num_labels"}
+    return _checked(config_class, {**ours, **options})
+
+
+def option_names(config_class: type[PreTrainedConfig]) -> set[str]:
+    """What may be set for a model type: fields of its own class, not the base class's bookkeeping, and aliases."""
+    import transformers
+
+    inherited = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    return {name for name in fields - inherited if not name.startswith("_")} - {"use_cache"}
+
+
+def without_dropout(config: PreTrainedConfig, chosen: Iterable[str]) -> None:
+    """Set to 0 every dropout rate that is not among the `chosen` options, in place: pretraining uses none."""
+    for name in option_names(type(config)) - set(chosen):
+        value = getattr(config, name, None)
+        if ("drop" in name and "path" not in name) and isinstance(value, float) and value > 0:
+            setattr(config, name, 0.0)
+
+
+def build(head: Head, config: PreTrainedConfig) -> nn.Module:
+    """A network with fresh weights, fp32, drawn from torch's generator. Raises ConfigError when sizes do not fit."""
+    import torch
+
+    try:
+        return _auto_class(head).from_config(config, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise ConfigError(f"task.model: {type(config).__name__} cannot be built: {error}") from error
+
+
+def pretrained_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a pretrained folder. Raises ConfigError when there is none."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"task.pretrained: {folder} holds no config.json; give a folder that `save_pretrained` or "
+            "`millstream checkpoint export` wrote (nothing is downloaded)"
+        )
+    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def load(head: Head, folder: Path, config: PreTrainedConfig, fresh: str | None = None) -> nn.Module:
+    """The network of a pretrained folder in fp32. `fresh`: prefix of the parameters that may start anew (another head).
+
+    Raises ConfigError when the folder lacks any other weight: a network that is silently half random trains well
+    enough to fool.
+    """
+    import torch
+
+    try:
+        module, found = _auto_class(head).from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            ignore_mismatched_sizes=fresh is not None,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"task.pretrained: {folder} cannot be loaded for {head}: {error}") from error
+    lost = [*found["missing_keys"], *(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])]
+    lost = sorted(name for name in lost if not (fresh and name.startswith(fresh)) and "running_" not in name)
+    lost = [name for name in lost if not name.endswith("num_batches_tracked")]
+    if lost:
+        raise ConfigError(f"task.pretrained: {folder} has no weights for {len(lost)} parameters, such as {lost[0]}")
+    return module
+
+
+def _checked(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return config_class(**values)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"task.model: {config_class.__name__} refuses these options: {reason}") from error
+
+
+def _auto_class(head: Head) -> Any:
+    import transformers
+
+    return {
+        "image classification": transformers.AutoModelForImageClassification,
+        "causal language modeling": transformers.AutoModelForCausalLM,
+    }[head]
+
+
+def _model_names(head: Head) -> Mapping[str, Any]:
+    from transformers.models.auto import modeling_auto
+
+    return {
+        "image classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "causal language modeling": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }[head]

@@ -1,0 +1,73 @@
+"""One file here is one family of training: what a sample becomes, which network, which loss.
+
+A task file has a class `Config` and a class `Task`, and its file name is its name in YAML: to add a family, add a
+file. Anyone else's task works by its import path (`task: {name: my_package.my_task}`). Task files import no torch at
+their top, so that a configuration is checked without it. `Task` below says what the loop asks of one; nothing has to
+inherit from it.
+
+    sample --prepare--> arrays --(loader stacks them)--> batch --loss--> sum over terms, metrics as pairs of sums
+
+The micro batch is the unit: a loss is a sum over its terms, never a mean, and the loop divides by the number of terms
+of the whole step. So padding and short batches weigh exactly nothing, at any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from pipeline import task_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from pipeline.data.reader import Sample
+
+Batch: TypeAlias = "Mapping[str, Tensor]"
+"""A micro batch on the model's device; the task documents its keys and shapes."""
+
+Sums: TypeAlias = "dict[str, tuple[Tensor | float, Tensor | float]]"
+"""name -> (numerator, denominator); the metric is the quotient after both are added up over micro batches and ranks."""
+
+
+class Task(Protocol):
+    """What the loop asks of a task. `model` below is called like the network itself (it is DeepSpeed's engine)."""
+
+    augments: bool
+    """Whether `prepare` uses its generator in training."""
+
+    def __init__(self, config: Any) -> None: ...
+
+    def build_model(self) -> nn.Module:
+        """The network in fp32; its weights follow from torch's generator alone."""
+        ...
+
+    def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        """One sample as arrays, of one shape and type for all samples; no augmentation when `rng` is None."""
+        ...
+
+    def weight(self, batch: Batch) -> float:
+        """How many terms the loss of this micro batch has (asked before the forward, on the host)."""
+        ...
+
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Sums]:
+        """For training: the loss summed over its terms (fp32 scalar with gradient) and sums, among them "loss"."""
+        ...
+
+    def score(self, model: Callable[..., Any], batch: Batch) -> Sums:
+        """For evaluation: sums over this micro batch."""
+        ...
+
+    def flops_per_sample(self) -> float:
+        """Floating point operations of one sample, forward and backward."""
+        ...
+
+
+def find(name: str) -> ModuleType:
+    """The module of the task called `name`: a file in this folder, or any module by its import path.
+
+    Raises ConfigError, with the nearest name, when there is none.
+    """
+    return task_file.find(name)

@@ -1,0 +1,210 @@
+"""One image, one class: convnets and vision transformers of transformers, from options or a pretrained folder.
+
+    {key}.jpg|png|webp, {key}.cls --prepare--> uint8 pixels --(device)--> normalised --mixup--> logits --> cross-entropy
+
+Pixels travel as bytes and become numbers on the device, a quarter of the traffic. Geometry (crop, flip) is drawn per
+sample where the image is decoded; mixup is drawn per micro batch, from torch's generator, so its partners never
+depend on the number of workers.
+
+Batch: "image" uint8 [m, size, size, channels], "label" int64 [m].
+What it gives up: several labels per image, images that are not square, augmentation of colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from pipeline.config import Strict
+from pipeline.data import augment
+from pipeline.errors import ConfigError, DataError
+from pipeline.tasks import Batch, Sums
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pipeline.data.reader import Sample
+
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+HEAD = "image classification"
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601: what "grey" means to image tools
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(Strict):
+    """The `task` section of image classification."""
+
+    name: str = "image_classification"
+    classes: int = Field(ge=2, description="labels are 0 to classes - 1")
+    channels: Literal[1, 3] = Field(
+        default=3, description="of the network's input; images are turned to grey or colour"
+    )
+    image_size: int = Field(ge=1, description="pixels, height and width; other images are cut square and resized")
+    architecture: str | None = Field(default=None, description="transformers model type: resnet, convnextv2, vit ...")
+    model: dict[str, Any] = Field(default={}, description="options of the architecture, as in its transformers config")
+    pretrained: Path | None = Field(default=None, description="folder of a pretrained network, instead of architecture")
+    norm: Literal["batch", "group"] = Field(default="batch", description="group: replaces every batch norm")
+    mean: tuple[float, ...] = Field(
+        default=(0.5,), description="subtracted from pixels in 0..1: one, or one per channel"
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.5,), description="pixels are divided by it then")
+    crop: int = Field(default=0, ge=0, description="training: pixels the image is moved by, at most, each way")
+    random_resized_crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="training: least share of the area that is cut out and resized"
+    )
+    flip: bool = Field(default=False, description="training: mirrors half of the images")
+    mixup: float = Field(default=0.0, ge=0, description="training: alpha of the Beta distribution; 0: no mixup")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="training: share for all classes"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if (self.architecture is None) == (self.pretrained is None):
+            raise ValueError("needs either `architecture: ...` (fresh weights) or `pretrained: FOLDER`, and not both")
+        if self.pretrained and self.model:
+            raise ValueError(
+                "`model` belongs to `architecture`; a pretrained folder has its options in its config.json"
+            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(
+                    f"`{name}` has {len(values)} values; give one, or one for each of {self.channels} channels"
+                )
+        return self
+
+
+class Task:
+    """See pipeline/tasks/__init__.py for what each method promises."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.augments = bool(config.crop or config.random_resized_crop or config.flip)
+        self._flops: float | None = None
+        self._mean_and_std: dict[Any, Any] = {}  # device -> two tensors, so that they cross to it once
+
+    def build_model(self) -> nn.Module:
+        """pixel_values [m, channels, size, size] -> `.logits` [m, classes]. Raises ConfigError."""
+        from pipeline.models import architectures, norm
+
+        config = self.config
+        if config.pretrained:
+            of_folder = architectures.pretrained_config(config.pretrained)
+            known = getattr(of_folder, "num_channels", config.channels)
+            if known != config.channels:
+                raise ConfigError(
+                    f"task.channels: {config.pretrained} takes {known} channels, not {config.channels}; set {known}"
+                )
+            fresh = "classifier" if of_folder.num_labels != config.classes else None
+            if fresh:
+                of_folder.num_labels = config.classes
+            model = architectures.load(HEAD, config.pretrained, of_folder, fresh)
+        else:
+            assert config.architecture is not None  # checked by Config
+            follows = {"num_labels": config.classes, "num_channels": config.channels, "image_size": config.image_size}
+            fields = architectures.configure(HEAD, config.architecture, config.model, follows=follows)
+            model = architectures.build(HEAD, fields)
+        if config.norm == "group" and not norm.group_norm_for_batch_norm(model):
+            raise ConfigError(f"task.norm: {type(model).__name__} has no batch norm to replace; remove the key")
+        return model
+
+    def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        """{"image": uint8 [size, size, channels], "label": int64 []}. Raises DataError naming the sample."""
+        config = self.config
+        image = _in_channels(sample.first(*IMAGE_FIELDS), config.channels, sample.key)
+        if rng is not None and config.random_resized_crop:
+            image = augment.random_resized_crop(image, config.image_size, rng, area=(config.random_resized_crop, 1.0))
+        else:
+            image = augment.fit(image, config.image_size)
+        if rng is not None and config.crop:
+            image = augment.random_crop(image, config.crop, rng)
+        if rng is not None and config.flip:
+            image = augment.random_flip(image, rng)
+        return {"image": np.ascontiguousarray(image), "label": self._label(sample)}
+
+    def weight(self, batch: Batch) -> float:
+        """One term per image."""
+        return float(len(batch["label"]))
+
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Sums]:
+        """Cross-entropy in nats with label smoothing; with mixup (Zhang et al. 2018) an image is right by shares."""
+        import torch
+
+        image, label = self._normalised(model, batch["image"]), batch["label"]  # [m, C, H, W], [m]
+        if not self.config.mixup:
+            loss, correct = self._cross_entropy(model(pixel_values=image).logits, label, self.config.label_smoothing)
+            return loss, {"loss": (loss.detach(), len(label)), "accuracy": (correct, len(label))}
+        # drawn on the host, where the loop has seeded the generator for this micro batch; no device is waited for
+        share = float(torch.distributions.Beta(self.config.mixup, self.config.mixup).sample())
+        partner = torch.randperm(len(label)).to(label.device)  # [m]
+        logits = model(pixel_values=image.lerp(image[partner], 1 - share)).logits  # [m, classes]
+        loss, correct = self._cross_entropy(logits, label, self.config.label_smoothing)
+        loss_2, correct_2 = self._cross_entropy(logits, label[partner], self.config.label_smoothing)
+        loss, correct = share * loss + (1 - share) * loss_2, share * correct + (1 - share) * correct_2
+        return loss, {"loss": (loss.detach(), len(label)), "accuracy": (correct, len(label))}
+
+    def score(self, model: Callable[..., Any], batch: Batch) -> Sums:
+        """Plain cross-entropy in nats and share of images whose likeliest class is theirs."""
+        label = batch["label"]
+        logits = model(pixel_values=self._normalised(model, batch["image"])).logits
+        loss, correct = self._cross_entropy(logits, label, 0.0)
+        return {"loss": (loss, len(label)), "accuracy": (correct, len(label))}
+
+    def flops_per_sample(self) -> float:
+        """Forward and backward of one image, counted once from the graph."""
+        import torch
+
+        from pipeline.models import flops
+
+        if self._flops is None:
+            # two images: batch norm needs company
+            shape = (2, self.config.channels, self.config.image_size, self.config.image_size)
+            self._flops = flops.count(self.build_model, lambda: {"pixel_values": torch.zeros(shape)}) / 2
+        return self._flops
+
+    def _normalised(self, model: Callable[..., Any], image: Tensor) -> Tensor:
+        """uint8 [m, H, W, C] -> [m, C, H, W] in the network's type; still channels-last in memory, as it came."""
+        if image.device not in self._mean_and_std:
+            import torch
+
+            pair = (torch.tensor(values, device=image.device) * 255 for values in (self.config.mean, self.config.std))
+            self._mean_and_std[image.device] = tuple(pair)  # [1] or [C] each
+        mean, std = self._mean_and_std[image.device]
+        dtype = next(model.parameters()).dtype  # type: ignore[attr-defined]
+        return ((image.float() - mean) / std).to(dtype).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _cross_entropy(logits: Tensor, label: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        """Sum over the micro batch in fp32, and how many are right: [], []."""
+        from torch.nn import functional
+
+        loss = functional.cross_entropy(logits.float(), label, reduction="sum", label_smoothing=smoothing)
+        return loss, (logits.argmax(dim=-1) == label).sum()
+
+    def _label(self, sample: Sample) -> np.ndarray:
+        """int64 []"""
+        label = sample["cls"]
+        if not 0 <= label < self.config.classes:
+            raise DataError(
+                f"sample {sample.key} has label {label}; with task.classes {self.config.classes} labels go from 0 to "
+                f"{self.config.classes - 1}: mend the label, or set task.classes to how many classes there are"
+            )
+        return np.array(label, dtype=np.int64)
+
+
+def _in_channels(image: np.ndarray, channels: int, key: str) -> np.ndarray:
+    """[H, W, C] -> [H, W, channels]: grey to colour by repeating, colour to grey by luma. Raises DataError."""
+    given = image.shape[2]
+    if given == channels:
+        return image
+    if given == 1:
+        return np.repeat(image, channels, axis=2)
+    if given == 3:
+        return np.rint(image @ LUMA).astype(np.uint8)[:, :, None]
+    raise DataError(
+        f"sample {key} has {given} channels; an image with transparency has no one colour: flatten it and pack again"
+    )

@@ -1,0 +1,183 @@
+"""The next token: any causal language model of transformers, from options or a pretrained folder, on packed rows.
+
+    {key}.npy, length + 1 tokens --prepare--> inputs row[:-1], targets row[1:] --> logits --> cross-entropy in fp32
+
+Rows come packed from data/text.py: every token of the text but the very first is the target of exactly one row, so
+sums over a held-out set are those of its whole text. They are told in bits per byte, which compares between
+tokenizers and with file compressors. Attention is causal over the whole row, across the documents in it.
+
+Batch: "tokens" int64 [m, length], "labels" int64 [m, length] (-100: no target), "bytes" int64 [m] (of text in the
+row's targets).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from pipeline.config import Strict
+from pipeline.data.vocabulary import read_vocabulary
+from pipeline.errors import ConfigError, DataError
+from pipeline.tasks import Batch, Sums
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig
+
+    from pipeline.data.reader import Sample
+
+IGNORED = -100  # what torch's cross-entropy leaves out by default
+HEAD = "causal language modeling"
+
+
+class Config(Strict):
+    """The `task` section of language modeling."""
+
+    name: str = "language_modeling"
+    tokenizer: Path = Field(description="tokenizer.json beside the shards, written when the text was packed")
+    length: int = Field(ge=1, description="tokens predicted per row; as packed")
+    architecture: str | None = Field(default=None, description="transformers model type: llama, gpt2, qwen3 ...")
+    model: dict[str, Any] = Field(default={}, description="options of the architecture, as in its transformers config")
+    pretrained: Path | None = Field(default=None, description="folder of a pretrained network, instead of architecture")
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Config:
+        if (self.architecture is None) == (self.pretrained is None):
+            raise ValueError("needs either `architecture: ...` (fresh weights) or `pretrained: FOLDER`, and not both")
+        if self.pretrained and self.model:
+            raise ValueError(
+                "`model` belongs to `architecture`; a pretrained folder has its options in its config.json"
+            )
+        return self
+
+
+class Task:
+    """See pipeline/tasks/__init__.py for what each method promises.
+
+    Raises DataError when the tokenizer cannot be read, ConfigError when it does not fit.
+    """
+
+    augments = False
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.vocabulary = read_vocabulary(config.tokenizer)
+        packed = self.vocabulary.length
+        if packed is not None and packed != config.length:
+            raise ConfigError(
+                f"task.length: rows beside {config.tokenizer} were packed with length {packed}, not {config.length}; "
+                f"set task.length to {packed}, or pack again"
+            )
+        self._flops: float | None = None
+
+    def build_model(self) -> nn.Module:
+        """input_ids [m, length] -> `.logits` [m, length, vocabulary]. Raises ConfigError."""
+        from pipeline.models import architectures
+
+        if self.config.pretrained:
+            config = architectures.pretrained_config(self.config.pretrained)
+            self._check_sizes(config, f"task.pretrained: {self.config.pretrained}")
+            model = architectures.load(HEAD, self.config.pretrained, config)
+        else:
+            config = self._fresh_config()
+            self._check_sizes(config, "task.model:")
+            model = architectures.build(HEAD, config)
+        model.config.use_cache = False  # type: ignore[union-attr]
+        return model
+
+    def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        """{"tokens": int64 [length], "labels": int64 [length], "bytes": int64 []}; short rows end in ignored labels.
+
+        Raises DataError naming the sample when it is no row of tokens, too long, or of another vocabulary.
+        """
+        row, length = self._row(sample), self.config.length
+        terms = len(row) - 1
+        tokens = np.zeros(length, dtype=np.int64)  # attention is causal: no target sees what stands behind a short row
+        labels = np.full(length, IGNORED, dtype=np.int64)
+        tokens[:terms], labels[:terms] = row[:-1], row[1:]
+        lengths = self.vocabulary.byte_lengths
+        size = lengths[row[1:]].sum() if lengths is not None else 0
+        return {"tokens": tokens, "labels": labels, "bytes": np.array(size, dtype=np.int64)}
+
+    def weight(self, batch: Batch) -> float:
+        """One term per target."""
+        return float((batch["labels"] != IGNORED).sum())
+
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Sums]:
+        """Cross-entropy in nats, summed over the targets."""
+        from torch.nn import functional
+
+        tokens, labels = batch["tokens"], batch["labels"]  # [m, length] each
+        logits = model(input_ids=tokens, use_cache=False).logits  # [m, length, V]
+        nats = functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        sums: Sums = {"loss": (nats.detach(), (labels != IGNORED).sum())}
+        if self.vocabulary.byte_lengths is not None:
+            sums["bits_per_byte"] = (nats.detach() / math.log(2), batch["bytes"].sum())
+        return nats, sums
+
+    def score(self, model: Callable[..., Any], batch: Batch) -> Sums:
+        """The same sums; there is nothing that only training does."""
+        return self.loss(model, batch)[1]
+
+    def flops_per_sample(self) -> float:
+        """Forward and backward of one row, counted once from the graph."""
+        import torch
+
+        from pipeline.models import flops
+
+        if self._flops is None:
+            shape = (1, self.config.length)
+            self._flops = flops.count(self.build_model, lambda: {"input_ids": torch.zeros(shape, dtype=torch.long)})
+        return self._flops
+
+    def _fresh_config(self) -> PreTrainedConfig:
+        """Options as given; else no dropout, sizes and token ids of these rows, and what the architecture has."""
+        from pipeline.models import architectures
+
+        assert self.config.architecture is not None  # checked by Config
+        defaults = {
+            "vocab_size": self.vocabulary.size,
+            "max_position_embeddings": self.config.length,
+            "bos_token_id": self.vocabulary.end_of_text,  # the packer puts one end of text before each document
+            "eos_token_id": self.vocabulary.end_of_text,
+        }
+        config = architectures.configure(HEAD, self.config.architecture, self.config.model, defaults=defaults)
+        architectures.without_dropout(config, self.config.model)
+        return config
+
+    def _check_sizes(self, config: PreTrainedConfig, place: str) -> None:
+        text = config.get_text_config()
+        if text.vocab_size < self.vocabulary.size:
+            raise ConfigError(
+                f"{place} vocab_size is {text.vocab_size}, but {self.config.tokenizer} has {self.vocabulary.size} "
+                "tokens; leave vocab_size out, or pack the text with the network's own tokenizer"
+            )
+        positions = getattr(text, "max_position_embeddings", None)
+        if isinstance(positions, int) and positions < self.config.length:
+            raise ConfigError(f"{place} has {positions} positions, too few for task.length {self.config.length}")
+
+    def _row(self, sample: Sample) -> np.ndarray:
+        """int64 [2 to length + 1]"""
+        row = sample["npy"]
+        if row.ndim != 1 or row.dtype.kind not in "ui":
+            raise DataError(f"sample {sample.key} is {row.dtype}{list(row.shape)}, not a row of whole numbers")
+        if not 2 <= len(row) <= self.config.length + 1:
+            raise DataError(
+                f"sample {sample.key} has {len(row)} tokens; with task.length {self.config.length} a row has 2 to "
+                f"{self.config.length + 1}; set task.length as the text was packed"
+            )
+        row = row.astype(np.int64)
+        unknown = row[(row < 0) | (row >= self.vocabulary.size)]
+        if len(unknown):
+            raise DataError(
+                f"sample {sample.key} has token {unknown[0]}, but {self.config.tokenizer} "
+                f"knows 0 to {self.vocabulary.size - 1}; give the tokenizer the shards were packed with"
+            )
+        return row

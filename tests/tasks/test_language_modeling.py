@@ -1,0 +1,228 @@
+"""Language modeling against plain PyTorch: losses, exact bytes, short rows, tokenizers, pretrained, messages."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+from pipeline.data import index
+from pipeline.data.reader import Sample, open_dataset
+from pipeline.data.text import Text, pack_text
+from pipeline.data.vocabulary import read_vocabulary
+from pipeline.data.writer import Packing
+from pipeline.errors import ConfigError, DataError
+from pipeline.tasks import Batch
+from pipeline.tasks.language_modeling import IGNORED, Config, Task
+
+LENGTH = 16
+LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2}
+DOCUMENTS = ("def f(x):\n    return x + 1\n" * 10, "naïve Wörter, 日本語, 🙂\n\n", "<|endoftext|> is text here")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packed rows with tokenizer.json and text.json."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "source").mkdir()
+    for number, document in enumerate(DOCUMENTS):
+        (folder / "source" / f"{number}.txt").write_text(document, encoding="utf-8")
+    pack_text(folder / "source", folder / "packed", Packing(min_shards=1), Text(length=LENGTH, vocab_size=300))
+    return folder / "packed" / "train"
+
+
+def task_of(folder: Path, **changes: Any) -> Task:
+    values = {"tokenizer": folder / "tokenizer.json", "length": LENGTH, "architecture": "llama", "model": LLAMA}
+    return Task(Config.model_validate(values | changes))
+
+
+def built(task: Task, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return task.build_model()
+
+
+def batch_of(task: Task, folder: Path, numbers: list[int] | None = None) -> Batch:
+    """The samples with these numbers (default: all) as one micro batch."""
+    with open_dataset(folder) as dataset:
+        wanted = range(len(dataset)) if numbers is None else numbers
+        rows = [task.prepare(dataset.sample(number), None) for number in wanted]
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def sample_of(folder: Path, row: np.ndarray) -> Sample:
+    """One sample in a tar of its own, read back."""
+    folder.mkdir()
+    npy = io.BytesIO()
+    np.save(npy, row)
+    with tarfile.open(folder / "shard-000.tar", "w") as tar:
+        member = tarfile.TarInfo("verse.npy")
+        member.size = npy.tell()
+        npy.seek(0)
+        tar.addfile(member, npy)
+    index.build(folder)
+    return open_dataset(folder).sample(0)
+
+
+def test_bytes_of_all_rows_are_exactly_those_of_the_text(text: Path) -> None:
+    batch = batch_of(task_of(text), text)
+    true = sum(len(document.encode()) for document in DOCUMENTS)
+    assert int(batch["bytes"].sum()) == true == json.loads((text / "text.json").read_text())["bytes"]
+    # every token but the first of the stream is a target once
+    assert int((batch["labels"] != IGNORED).sum()) == json.loads((text / "text.json").read_text())["tokens"] - 1
+
+
+def test_loss_equals_plain_pytorch_and_bits_follow_from_nats(text: Path) -> None:
+    task = task_of(text)
+    model, batch = built(task), batch_of(task, text)
+    loss, sums = task.loss(model, batch)
+    targets = batch["labels"] != IGNORED
+    with torch.no_grad():
+        shares = model(input_ids=batch["tokens"]).logits.double().log_softmax(-1)
+    nats = -shares.gather(2, batch["labels"].clamp(min=0)[..., None])[..., 0][targets].sum()
+    torch.testing.assert_close(loss.detach().double(), nats, rtol=1e-6, atol=0)
+    assert loss.dtype == torch.float32 and task.weight(batch) == int(targets.sum()) == int(sums["loss"][1])
+    bits, size = sums["bits_per_byte"]
+    assert float(bits) == pytest.approx(float(nats) / math.log(2)) and int(size) == int(batch["bytes"].sum())
+    torch.testing.assert_close(task.score(model, batch)["loss"][0], loss.detach())
+
+
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(text: Path) -> None:
+    task = task_of(text)
+    model, batch = built(task), batch_of(task, text)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    bits, size = task.score(model, batch)["bits_per_byte"]
+    terms = json.loads((text / "text.json").read_text())["tokens"] - 1
+    assert float(bits / size) == pytest.approx(terms * math.log2(task.vocabulary.size) / float(size))
+
+
+def test_a_short_row_counts_as_if_it_stood_alone(text: Path) -> None:
+    task = task_of(text)
+    lengths = (batch_of(task, text)["labels"] != IGNORED).sum(dim=1)
+    short = int(lengths.argmin())
+    terms = int(lengths[short])
+    assert terms < LENGTH  # the packed stream ends within a row
+    model, batch = built(task), batch_of(task, text, [short])
+    alone = {name: values[:, :terms] for name, values in batch.items() if name != "bytes"} | {"bytes": batch["bytes"]}
+    torch.testing.assert_close(task.loss(model, batch)[0], task.loss(model, alone)[0])
+    assert task.weight(batch) == terms
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("llama", LLAMA), ("gpt2", GPT2), ("qwen3", LLAMA | {"num_key_value_heads": 1})]
+)
+def test_one_batch_is_learnt_by_heart(text: Path, architecture: str, options: dict[str, Any]) -> None:
+    task = task_of(text, architecture=architecture, model=options | {"tie_word_embeddings": True})
+    model, batch = built(task), batch_of(task, text, [0, 1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(80):
+        loss, sums = task.loss(model, batch)
+        optimizer.zero_grad()
+        (loss / task.weight(batch)).backward()
+        optimizer.step()
+    assert float(sums["loss"][0]) / task.weight(batch) < 0.3 and sums["bits_per_byte"][0] < sums["bits_per_byte"][1]
+
+
+def test_there_is_no_dropout_unless_asked_for(text: Path) -> None:
+    plain, asked = (
+        task_of(text, architecture="gpt2", model=GPT2 | more) for more in ({}, {"resid_pdrop": 0.5})
+    )  # fmt: skip
+    batch = batch_of(plain, text, [0])
+    for task, equal in ((plain, True), (asked, False)):
+        model = built(task).train()
+        assert torch.equal(task.loss(model, batch)[0], task.loss(model, batch)[0]) is equal
+
+
+def test_sizes_and_tokens_of_the_network_follow_from_the_text(text: Path) -> None:
+    config = built(task_of(text, architecture="gpt2", model=GPT2)).config
+    end = json.loads((text / "text.json").read_text())["eot_id"]
+    assert (config.vocab_size, config.n_positions) == (task_of(text).vocabulary.size, LENGTH)  # type: ignore[union-attr]
+    assert (config.bos_token_id, config.eos_token_id, config.use_cache) == (end, end, False)  # type: ignore[union-attr]
+    assert config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    wide = built(task_of(text, model=LLAMA | {"vocab_size": 512}))  # rounded up for speed
+    assert wide.config.vocab_size == 512  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": LLAMA | {"vocab_size": 100}}, "vocab_size is 100, but .* has 300 tokens"),
+        ({"model": LLAMA | {"max_position_embeddings": 8}}, "8 positions, too few for task.length 16"),
+        ({"model": LLAMA | {"hiden_size": 8}}, "hiden_size.*did you mean hidden_size"),
+        ({"model": LLAMA | {"num_attention_heads": 3}}, "hidden size .16. is not a multiple"),
+        ({"architecture": "lama"}, "did you mean llama"),
+        ({"architecture": "resnet"}, "has no 'resnet' for causal language modeling"),
+        ({"length": 8}, "packed with length 16, not 8"),
+        ({"architecture": None, "model": {}, "pretrained": "nowhere"}, "holds no config.json"),
+    ],
+)
+def test_networks_that_do_not_fit_the_text_are_refused(text: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        task_of(text, **changes).build_model()
+
+
+def test_a_section_that_cannot_be_is_refused_without_torch(text: Path) -> None:
+    with pytest.raises(ValidationError, match="either `architecture"):
+        task_of(text, pretrained="folder")
+    with pytest.raises(DataError, match=r"no file .*tokenizer.json"):
+        task_of(text / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (np.arange(LENGTH + 2), r"verse has 18 tokens; .* 2 to 17"),
+        (np.zeros(1, dtype=np.uint16), "verse has 1 tokens"),
+        (np.zeros(LENGTH, dtype=np.float32), r"verse is float32\[16\], not a row of whole numbers"),
+        (np.zeros((2, 4), dtype=np.uint16), r"verse is uint16\[2, 4\]"),
+        (np.array([1, 300, 2]), "verse has token 300, but .* knows 0 to 299"),
+        (np.array([1, -1, 2]), "verse has token -1"),
+    ],
+)
+def test_a_sample_that_is_no_row_is_named(tmp_path: Path, text: Path, row: np.ndarray, words: str) -> None:
+    sample = sample_of(tmp_path / "one", row)
+    with pytest.raises(DataError, match=words):
+        task_of(text).prepare(sample, None)
+
+
+def test_a_pretrained_folder_gives_its_weights(text: Path, tmp_path: Path) -> None:
+    task = task_of(text)
+    model, batch = built(task), batch_of(task, text, [0])
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    again = task_of(text, architecture=None, model={}, pretrained=tmp_path / "saved")
+    assert torch.equal(again.loss(built(again, seed=9), batch)[0], task.loss(model, batch)[0])
+
+    built(task_of(text, architecture="gpt2", model=GPT2)).transformer.save_pretrained(tmp_path / "other")  # type: ignore[union-attr, operator]
+    model.config.save_pretrained(tmp_path / "other")  # type: ignore[union-attr, operator]
+    with pytest.raises(ConfigError, match="no weights for"):
+        task_of(text, architecture=None, model={}, pretrained=tmp_path / "other").build_model()
+
+
+def test_a_tokenizer_that_is_not_byte_level_has_no_bits_per_byte(text: Path, tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({f"word{number}": number for number in range(300)}, unk_token="word0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    words.save(str(tmp_path / "tokenizer.json"))
+    task = task_of(tmp_path)
+    assert read_vocabulary(tmp_path / "tokenizer.json").byte_lengths is None and task.vocabulary.size == 300
+    assert list(task.loss(built(task), batch_of(task, text, [0]))[1]) == ["loss"]
+
+
+def test_flops_are_those_of_products_and_attention(text: Path) -> None:
+    options = LLAMA | {"tie_word_embeddings": True, "vocab_size": 320}
+    task = task_of(text, model=options)
+    model = built(task)
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+    attention = 2 * 2 * LENGTH * LENGTH * 16 * 2  # two products of [T, T, width] in each of two layers
+    assert task.flops_per_sample() == 3 * (2 * LENGTH * weights + attention)
