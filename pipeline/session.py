@@ -1,0 +1,183 @@
+"""What a worker knows of its world: who it is, where the run lies, what phase it is in, whether to stop.
+
+`World` is torch.distributed seen small: host-side gathers of a few numbers, so that every rank sees every rank's
+facts and all take the same branch. They go over a gloo group even on GPU, where a device-side collective would make
+the host wait for the step. `Session` is the seam to whoever started the worker. It differs between Ray and one plain
+process only in `send`: a function that delivers journal records and a heartbeat, and answers whether a stop has been
+asked for. A thread calls it a few times a second, so the training loop never waits for the journal. What it gives up:
+a stop is seen up to 0.2 s late.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import MillstreamError
+
+SEND_SECONDS = 0.2
+
+# send(rank, records, heartbeat) -> stop asked?
+Send = Callable[[int, list[dict[str, Any]], dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of one attempt. Built once torch.distributed is initialised."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    host: dist.ProcessGroup
+
+    @staticmethod
+    def join(timeout_seconds: float = 600.0) -> World:
+        """Adopt the process group that is there, or make one of a single process.
+
+        The timeout bounds host-side gathers: a rank that stops answering ends the attempt instead of hanging it.
+        """
+        timeout = timedelta(seconds=timeout_seconds)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            # DeepSpeed reads the variables even when the group exists; without them it goes looking for MPI.
+            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            for name, value in alone.items():
+                os.environ.setdefault(name, value)
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        host = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(host, dist.ProcessGroup)
+        return World(dist.get_rank(), dist.get_world_size(), local_rank, device, host)
+
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        """Every rank's `values`, as float64 [world_size, len(values)], the same on all ranks."""
+        mine = torch.tensor(list(values), dtype=torch.float64)
+        everyone = torch.empty(self.world_size * len(values), dtype=torch.float64)
+        dist.all_gather_single(everyone, mine, group=self.host)
+        return everyone.view(self.world_size, len(values)).numpy()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value` in rank order. For rare moments such as a commit, never inside the step."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value, group=self.host)
+        return everyone
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a device tensor over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host)
+
+
+class Session:
+    """One worker in one attempt: where the run lies, which phase it is in, what it has to say, whether it should
+    stop.
+    """
+
+    def __init__(self, world: World, run: Path, attempt: int, send: Send) -> None:
+        self.world, self.run, self.attempt = world, run, attempt
+        self._send, self._stop = send, threading.Event()
+        self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._where: dict[str, Any] = {"phase": "start", "step": 0}
+        self._closing, self._wake, self._idle = threading.Event(), threading.Event(), threading.Condition()
+        self._pending = 0
+        self._failure: BaseException | None = None
+        self._kills = _planned_kills(world.rank, attempt)
+        self._sender = threading.Thread(target=self._deliver, name="session", daemon=True)
+        self._sender.start()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Somebody asked the run to stop: finish the step, commit, leave. Read it into a gather so that all ranks
+        agree.
+        """
+        return self._stop.is_set()
+
+    def phase(self, name: str, step: int) -> None:
+        """Say what this rank is doing now: start, data, forward, backward, step, evaluation, save, restore."""
+        self._where = {"phase": name, "step": step}
+        if (name, step) in self._kills:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """Hand a record to the journal. Returns at once; `flush` waits until it is durable."""
+        with self._idle:
+            self._pending += 1
+        self._records.put({"kind": kind, **fields})
+
+    def record_error(self, error: BaseException) -> None:
+        """What ended this worker, with its place, so that the driver can say it in one line and keep the traceback."""
+        self.record(
+            "error",
+            rank=self.world.rank,
+            **self._where,
+            type=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            final=isinstance(error, MillstreamError),
+            exit_code=getattr(error, "exit_code", 1),
+        )
+
+    def flush(self, timeout_seconds: float = 60.0) -> None:
+        """Wait until everything recorded so far is in the journal. Raises what the journal's writer raised."""
+        self._wake.set()
+        with self._idle:
+            written = self._idle.wait_for(lambda: self._pending == 0 or self._failure, timeout_seconds)
+        if self._failure:
+            raise self._failure
+        if not written:
+            raise TimeoutError(f"the journal did not take its records within {timeout_seconds:.0f} s")
+
+    def close(self) -> None:
+        """Deliver what is left and end the thread."""
+        self._closing.set()
+        self._wake.set()
+        self._sender.join(timeout=30)
+
+    def _deliver(self) -> None:
+        while True:
+            self._wake.wait(SEND_SECONDS)
+            self._wake.clear()
+            closing = self._closing.is_set()
+            records: list[dict[str, Any]] = []
+            while not self._records.empty():
+                records.append(self._records.get())
+            try:
+                if self._send(self.world.rank, records, self._where):
+                    self._stop.set()
+            except BaseException as error:
+                # The driver or its journal is gone. The loop learns it at the next flush, before anything is committed.
+                self._failure = error
+            with self._idle:
+                self._pending -= len(records)
+                self._idle.notify_all()
+            if closing or self._failure:
+                return
+
+
+def _planned_kills(rank: int, attempt: int) -> set[tuple[str, int]]:
+    """Fault injection for tests: MILLSTREAM_KILL="rank:attempt:phase:step,..." kills those workers there; inert when
+    unset.
+    """
+    plans = (plan.split(":") for plan in os.environ.get("MILLSTREAM_KILL", "").split(",") if plan)
+    return {(phase, int(step)) for r, a, phase, step in plans if (int(r), int(a)) == (rank, attempt)}
