@@ -1,0 +1,261 @@
+"""A checkpoint on disk: a folder that either is whole, proven by its manifest, or does not exist.
+
+A save goes: `stage` makes a hidden folder, every rank puts its files there with `write` (or `seal`s what another
+library wrote), rank 0 gathers the digests into a `Manifest` and calls `commit`: all files present, the manifest written
+last, everything on the disk, then one rename. A load goes: `find` takes the newest checkpoint of which every byte
+verifies and names those that it passed over. `prune` deletes old ones, once a newer one has been read back whole.
+
+    <root>/checkpoint-00000040/{rank-00000.safetensors, ..., manifest.json}     whole
+    <root>/.staging-00000040-a2/                                                being written by attempt 2
+    <root>/.replaced-checkpoint-00000040/                                       for the moment between two renames
+    <root>/.deleting-checkpoint-00000020/                                       being deleted
+
+It gives up speed for certainty: a save waits for the disk, a load reads every byte once for its sha256. No pickle
+anywhere. Names and order follow from step and attempt, never from a clock.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pipeline.checkpoint import disk
+from pipeline.checkpoint.disk import discard, seal, write
+from pipeline.checkpoint.manifest import VERSION, FileDigest, FragmentPlace, Manifest
+from pipeline.errors import CheckpointError
+
+__all__ = [
+    "MANIFEST", "VERSION", "Damage", "FileDigest", "Found", "FragmentPlace", "Listed", "Manifest", "checkpoint_name",
+    "commit", "discard", "find", "list_checkpoints", "prune", "seal", "stage", "verify", "write",
+]  # fmt: skip
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"(?:\.replaced-)?checkpoint-(\d{8,})")
+_STAGING = re.compile(r"\.staging-\d{8,}-a(\d+)")
+
+
+class Damage(NamedTuple):
+    """One thing wrong with a checkpoint: which file of it, and how."""
+
+    path: Path
+    file: str
+    kind: Literal["missing", "unreadable", "size", "digest", "manifest", "version"]
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.path / self.file} {self.detail}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that verifies, and what is wrong with the newer ones that were passed over."""
+
+    step: int
+    path: Path
+    manifest: Manifest
+    bad: list[Damage]
+
+
+class Listed(NamedTuple):
+    """A checkpoint in a cheap listing: manifest and sizes checked, contents not; `damage` is empty if they hold."""
+
+    step: int
+    path: Path
+    manifest: Manifest | None
+    damage: list[Damage]
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps; names sort like the numbers."""
+    return f"checkpoint-{step:08d}"
+
+
+def stage(root: Path, step: int, attempt: int, bytes_needed: int = 0) -> Path:
+    """Makes the empty folder in which a checkpoint is put together, and clears what killed saves left behind.
+
+    Called by one process; the others write into the folder once it is there. `bytes_needed`, where known, is compared
+    with the free space before anything is written. Raises CheckpointError when the disk is full or cannot be written.
+    """
+    staging = root / f".staging-{step:08d}-a{attempt}"
+    with disk.explained(staging, bytes_needed):
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root, attempt)
+        if bytes_needed > disk.free_bytes(root):
+            raise OSError(errno.ENOSPC, "too little space")
+        disk.make_folder(staging)
+    return staging
+
+
+def commit(root: Path, staging: Path, manifest: Manifest, *, newest_attempt: int) -> Path:
+    """Turns a staging folder into a checkpoint, or removes it; afterwards the whole new checkpoint is on the disk.
+
+    Refused (CheckpointError) when `manifest.attempt` is older than `newest_attempt` (another process has gone on from
+    an earlier step and this one does not know it), when a newer attempt has already committed this step, or when a file
+    named in the manifest is absent or of another size. One of the same step by this or an older attempt is replaced.
+    """
+    target = root / checkpoint_name(manifest.step)
+    try:
+        _check_fence(target, manifest, newest_attempt)
+        for name, digest in manifest.files.items():
+            damage = _check_file(staging, name, digest, read=False)
+            if damage is not None:
+                raise CheckpointError(f"checkpoint of step {manifest.step} not committed: {damage}")
+        write(staging / MANIFEST, [manifest.to_bytes()])
+        with disk.explained(target):
+            disk.sync(staging)
+            replaced = _set_aside(target)
+            disk.rename(staging, target)
+            disk.sync(root)
+    except CheckpointError:
+        discard(staging)
+        raise
+    discard(replaced)
+    return target
+
+
+def find(root: Path, step: int | None = None) -> Found | None:
+    """The newest checkpoint (or the one of `step`) of which every byte is as it was written; None when there is none.
+
+    Raises CheckpointError when there are checkpoints but none is good (to begin again is never the answer to damage),
+    or when a newer one than the newest good one is of a format that this version does not read.
+    """
+    bad: list[Damage] = []
+    for found, path in reversed(_candidates(root)):
+        if step not in (None, found):
+            continue
+        manifest, damage = _inspect(path, read=True)
+        if manifest is not None and not damage:
+            return Found(found, path, manifest, bad)
+        if damage[0].kind == "version":
+            raise CheckpointError(str(damage[0]))
+        bad += damage
+    if bad:
+        listing = "\n  ".join(str(damage) for damage in bad)
+        raise CheckpointError(
+            f"no good checkpoint in {root}:\n  {listing}\n"
+            "Bring a good copy back, or start anew on purpose with --fresh (a new run folder; nothing is deleted)."
+        )
+    return None
+
+
+def verify(path: Path) -> list[Damage]:
+    """Reads every byte of one checkpoint; returns all that is wrong with it, an empty list when nothing is."""
+    return _inspect(path, read=True)[1]
+
+
+def list_checkpoints(root: Path) -> list[Listed]:
+    """All checkpoints in order of their steps; reads manifests and sizes only."""
+    return [Listed(step, path, *_inspect(path, read=False)) for step, path in _candidates(root)]
+
+
+def prune(root: Path, keep: int, keep_every: int | None = None, protect: Collection[int] = ()) -> list[Path]:
+    """Deletes checkpoints older than the newest `keep` (at least 1) good ones; returns the paths that are gone.
+
+    Steps divisible by `keep_every` and those in `protect` stay. Nothing is deleted before a newer one has been read
+    back whole, and nothing newer than that one ever is: the only good one stays whatever `keep` says. The others among
+    the `keep` are counted by manifest and sizes.
+    """
+    good, removed = 0, []
+    for step, path in reversed(_candidates(root)):
+        if good < max(keep, 1):
+            good += not _inspect(path, read=good == 0)[1]
+        elif step not in protect and not (keep_every and step % keep_every == 0):
+            with disk.explained(path):
+                _delete(path)
+            removed.append(path)
+    return removed
+
+
+def _candidates(root: Path) -> list[tuple[int, Path]]:
+    """(step, path) of all committed folders by step. One set aside counts until its replacement is there."""
+    found: dict[int, Path] = {}
+    for name in disk.names_in(root):  # sorted, so ".replaced-..." comes first and gives way to "checkpoint-..."
+        if match := _NAME.fullmatch(name):
+            found[int(match[1])] = root / name
+    return sorted(found.items())
+
+
+def _inspect(path: Path, *, read: bool) -> tuple[Manifest | None, list[Damage]]:
+    """The manifest where it can be trusted, and the damage; `read`: contents too, not only sizes."""
+
+    def damaged(kind: Literal["missing", "unreadable", "manifest", "version"], detail: str):
+        return None, [Damage(path, MANIFEST, kind, detail)]
+
+    try:
+        manifest = Manifest.from_bytes((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return damaged("missing", "is missing")
+    except OSError as error:
+        return damaged("unreadable", f"cannot be read: {error.strerror}")
+    except CheckpointError as error:
+        return damaged("version", str(error))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return damaged("manifest", f"is damaged: {error}")
+    match = _NAME.fullmatch(path.name)
+    if match and int(match[1]) != manifest.step:
+        return damaged("manifest", f"is of step {manifest.step}: the folder has been renamed")
+    checks = (_check_file(path, name, digest, read) for name, digest in manifest.files.items())
+    return manifest, [damage for damage in checks if damage is not None]
+
+
+def _check_file(folder: Path, name: str, expected: FileDigest, read: bool) -> Damage | None:
+    if Path(name).name != name:
+        return Damage(folder, MANIFEST, "manifest", f"names a file outside its folder: {name}")
+    try:
+        size = (folder / name).stat().st_size
+        if size != expected.bytes:
+            return Damage(folder, name, "size", f"has {size} bytes instead of {expected.bytes}")
+        if read and disk.digest_of(folder / name) != expected:
+            return Damage(folder, name, "digest", "does not match its sha256: bits have flipped or it was overwritten")
+    except FileNotFoundError:
+        return Damage(folder, name, "missing", "is missing")
+    except OSError as error:
+        return Damage(folder, name, "unreadable", f"cannot be read: {error.strerror}")
+    return None
+
+
+def _check_fence(target: Path, manifest: Manifest, newest_attempt: int) -> None:
+    """Raises CheckpointError when this save belongs to an attempt that another has gone past."""
+    existing = _inspect(target, read=False)[0] if target.exists() else None
+    newest = max(newest_attempt, existing.attempt if existing else 0)
+    if manifest.attempt < newest:
+        raise CheckpointError(
+            f"checkpoint of step {manifest.step} not committed: attempt {manifest.attempt} has been superseded by "
+            f"attempt {newest}, which now owns {target.parent}. Nothing was changed; this process should end."
+        )
+
+
+def _set_aside(target: Path) -> Path:
+    """Moves an existing checkpoint out of the way; `_candidates` still finds it until the new one is in its place."""
+    replaced = target.with_name(f".replaced-{target.name}")
+    if target.exists():
+        discard(replaced)
+        disk.rename(target, replaced)
+    return replaced
+
+
+def _sweep(root: Path, attempt: int) -> None:
+    """Clears what killed saves left: staging folders up to this attempt, half-deleted ones, one that was set aside."""
+    for name in disk.names_in(root):
+        staging = _STAGING.fullmatch(name)
+        if (staging and int(staging[1]) <= attempt) or name.startswith(".deleting-"):
+            discard(root / name)
+        elif name.startswith(".replaced-"):
+            target = root / name.removeprefix(".replaced-")
+            if target.exists():
+                discard(root / name)
+            else:
+                disk.rename(root / name, target)
+                disk.sync(root)
+
+
+def _delete(path: Path) -> None:
+    doomed = path.with_name(f".deleting-{path.name}")
+    discard(doomed)
+    disk.rename(path, doomed)
+    disk.sync(path.parent)  # before its files go, so that a power cut leaves no checkpoint with holes
+    discard(doomed)

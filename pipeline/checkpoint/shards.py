@@ -1,0 +1,197 @@
+"""The engine's state as named flat fragments, out of it and back in, at any number of ranks and any ZeRO stage.
+
+    engine -> capture -> Snapshot (views) -> fragments.file_chunks -> rank-00000.safetensors, one file per rank
+    files -> fragments.Reader -> restore -> masters and optimizer tensors -> low-precision weights -> checks
+
+A fragment is elements [start, start + numel) of one flattened parameter's `master`, `exp_avg`, ... Because names and
+offsets say nothing of ranks, a load at another world size or stage reads the slices it needs; nothing is converted.
+State that every rank holds whole is compared by digest first, and each rank writes an equal slice of it. What it gives
+up: only the optimizers of optim.py; weights in low precision without fp32 masters do not occur and are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pipeline.checkpoint import layouts
+from pipeline.checkpoint.fragments import Fragment, Reader, bytes_of, check_coverage
+from pipeline.checkpoint.manifest import Manifest
+from pipeline.engine import Engine
+from pipeline.errors import CheckpointError
+from pipeline.optim import state_keys
+from pipeline.session import World
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's fragments, and what is the same on all ranks: full shapes, keys, other names, numbers."""
+
+    fragments: list[Fragment]
+    parameters: dict[str, tuple[int, ...]]
+    keys: dict[str, tuple[str, ...]]
+    aliases: dict[str, str]
+    scalars: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.tensor.numel() * f.tensor.element_size() for f in self.fragments)
+
+
+def capture(engine: Engine, buffers: Mapping[str, Tensor]) -> Snapshot:
+    """Everything that must be kept to go on, without copying: valid until the next step. All ranks call it together.
+
+    `buffers` are tensors beside the parameters, equal on all ranks (running statistics). Raises CheckpointError when
+    ranks that should hold the same do not, or when the weights of the forward pass are not the rounded masters.
+    """
+    found = list(layouts.pieces(engine))
+    agree(engine.world, _rounding_failure(found))
+    shared = [Fragment(p.name, key, 0, t) for p in found if p.replicated for key, t in p.state.items()]
+    shared += [Fragment(name, layouts.VALUE, 0, tensor.detach().reshape(-1)) for name, tensor in buffers.items()]
+    scalars = _scalars(engine)
+    _check_replicas(engine, shared, scalars)
+    own = [Fragment(p.name, key, p.start, t) for p in found if not p.replicated for key, t in p.state.items()]
+    own += [share for fragment in shared for share in _share(fragment, engine.world.rank, engine.world.world_size)]
+    return Snapshot(own, *_expected(engine, buffers), layouts.aliases(engine), scalars)
+
+
+def restore(engine: Engine, buffers: Mapping[str, Tensor], manifest: Manifest, folder: Path) -> None:
+    """Write the state in `folder` into the engine and into `buffers`, in place. All ranks call it together.
+
+    Raises CheckpointError, on all ranks alike, when parameters or optimizer are not those that were saved, when an
+    element is missing or there twice, or when the weights afterwards are not the rounded masters.
+    """
+    parameters, keys = _expected(engine, buffers)
+    _check_same_model(manifest, parameters)
+    check_coverage(parameters, keys, manifest.fragments)
+    failure = None
+    try:
+        reader = Reader(folder, manifest.fragments)
+        for piece in layouts.pieces(engine):
+            for key, tensor in piece.state.items():
+                reader.read_into(tensor, piece.name, key, piece.start)
+        for name, tensor in buffers.items():
+            reader.read_into(tensor.view(-1), name, layouts.VALUE, 0)
+        _restore_scalars(engine, manifest.scalars)
+    except (OSError, SafetensorError, KeyError) as error:
+        failure = f"{folder}: {error!r}"
+    agree(engine.world, failure)
+    layouts.refresh_weights(engine)
+    agree(engine.world, _rounding_failure(list(layouts.pieces(engine))))
+    engine.check_hyperparameters()
+    if _scalars(engine)["steps"] != manifest.scalars["steps"]:
+        raise CheckpointError(f"{folder}: the optimizer's step counters are not those that were saved")
+
+
+def agree(world: World, failure: str | None) -> None:
+    """Raises CheckpointError on all ranks when any of them has failed, so that none waits for another."""
+    failures = [f"rank {rank}: {text}" for rank, text in enumerate(world.gather_objects(failure)) if text]
+    if failures:
+        raise CheckpointError("; ".join(failures))
+
+
+def _expected(
+    engine: Engine, buffers: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ...]]]:
+    """Full shapes and keys of all that a checkpoint of this engine and these buffers holds."""
+    shapes = layouts.parameters(engine) | {name: tuple(tensor.shape) for name, tensor in buffers.items()}
+    return shapes, layouts.keys(engine) | dict.fromkeys(buffers, (layouts.VALUE,))
+
+
+def _share(fragment: Fragment, rank: int, ranks: int) -> Iterator[Fragment]:
+    """This rank's equal part of what all ranks hold."""
+    begin, end = fragment.numel * rank // ranks, fragment.numel * (rank + 1) // ranks
+    if begin < end:
+        yield Fragment(fragment.name, fragment.key, begin, fragment.tensor[begin:end])
+
+
+def _check_replicas(engine: Engine, shared: list[Fragment], scalars: dict[str, Any]) -> None:
+    digests = [xxhash.xxh3_64_intdigest(bytes_of(fragment.tensor)) for fragment in shared]
+    everyone = engine.world.gather_objects((digests, scalars))
+    for rank, (theirs, numbers) in enumerate(everyone):
+        if numbers != everyone[0][1]:
+            raise CheckpointError(
+                f"rank {rank} and rank 0 differ in step counters or settings: {numbers} and {everyone[0][1]}"
+            )
+        for fragment, mine, first in zip(shared, theirs, everyone[0][0], strict=True):
+            if mine != first:
+                raise CheckpointError(
+                    f"{fragment.key} of {fragment.name!r} differs between rank {rank} and rank 0, which should hold "
+                    "the same: damaged memory, or code that changes weights on some ranks only. Nothing was saved; "
+                    "go on from the last checkpoint."
+                )
+
+
+def _rounding_failure(found: list[layouts.Piece]) -> str | None:
+    """What is wrong where the forward pass does not read the rounded masters; None when it does everywhere."""
+    for piece in found:
+        master = piece.state.get(layouts.MASTER)
+        if master is None:
+            continue
+        if master.dtype != torch.float32:
+            return f"{piece.name!r} has no fp32 master (it is {master.dtype}); such runs cannot be saved"
+        if not all(torch.equal(weights, master.to(weights.dtype)) for weights in piece.weights):
+            return (
+                f"the weights of {piece.name!r} are not its rounded masters: they were changed from outside the "
+                "optimizer, or hold NaN, or DeepSpeed keeps them elsewhere"
+            )
+    return None
+
+
+def _check_same_model(manifest: Manifest, parameters: dict[str, tuple[int, ...]]) -> None:
+    saved = dict(manifest.parameters)
+    differences = [f"{name} is new" for name in parameters if name not in saved]
+    differences += [f"{name} is gone" for name in saved if name not in parameters]
+    both = (name for name in parameters if name in saved and saved[name] != parameters[name])
+    differences += [f"{name} was {list(saved[name])} and is {list(parameters[name])}" for name in both]
+    if differences:
+        more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise CheckpointError(
+            f"the model is not the one that was saved: {', '.join(differences[:5])}{more}. "
+            "Use the configuration that the run was started with, or start a new run."
+        )
+
+
+def _scalars(engine: Engine) -> dict[str, Any]:
+    """Numbers beside the tensors: per parameter the optimizer's counters, per group its settings, the loss scaler.
+
+    Raises CheckpointError when the tensors of one group have taken different numbers of steps.
+    """
+    _, numbers = state_keys(engine.optimizer)
+    steps: dict[str, dict[str, float]] = {}
+    for group, tensor in engine.optimizer_tensors():
+        now = {key: float(engine.optimizer.state[tensor][key]) for key in numbers}
+        for name in group["parameters"]:
+            if steps.setdefault(name, now) != now:
+                raise CheckpointError(
+                    f"optimizer group {group['name']!r}: parts of it have taken different numbers of steps"
+                )
+    scaler = layouts.loss_scaler(engine)
+    scale = {key: getattr(scaler, key) for key in layouts.LOSS_SCALER if getattr(scaler, key, None) is not None}
+    groups = json.loads(json.dumps(engine.hyperparameters))
+    return {"optimizer": type(engine.optimizer).__name__, "steps": steps, "groups": groups, "loss_scaler": scale}
+
+
+def _restore_scalars(engine: Engine, scalars: Mapping[str, Any]) -> None:
+    """Each optimizer tensor gets counters of its own: one shared tensor would be advanced once per group."""
+    for group, tensor in engine.optimizer_tensors():
+        saved = [scalars["steps"][name] for name in group["parameters"]]
+        if any(other != saved[0] for other in saved):
+            raise CheckpointError(
+                f"optimizer group {group['name']!r}: its parameters have taken different numbers of steps and cannot "
+                "be in one group. Use the optim.groups that the run was started with."
+            )
+        for key, value in saved[0].items():
+            engine.optimizer.state[tensor][key].fill_(value)
+    scaler = layouts.loss_scaler(engine)
+    for key, value in scalars["loss_scaler"].items():
+        if hasattr(scaler, key):
+            setattr(scaler, key, value)

@@ -1,0 +1,232 @@
+"""The commit protocol under flipped bits, truncation, full disks and late writers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from small_checkpoint import found_step, save
+
+from pipeline.checkpoint import disk, format
+from pipeline.checkpoint.format import FileDigest, Manifest
+from pipeline.errors import CheckpointError
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+# --- the values ---
+
+
+def test_manifest_survives_the_way_to_disk_and_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 40, attempt=3)
+    found = format.find(tmp_path)
+    assert found is not None and (found.step, found.path, found.bad) == (40, path, [])
+    manifest = found.manifest
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    assert manifest.parameters == {"weight": (3, 5), "bias": (3,)} and manifest.fragments[1].key == "master"
+    assert list(manifest.parameters) == ["weight", "bias"] and manifest.attempt == 3
+    written = json.loads((path / format.MANIFEST).read_text())  # plain JSON for anybody else
+    assert written["manifest"]["config"]["optim"]["betas"] == [0.9, 0.999]
+
+
+def test_write_and_seal_tell_the_same_digest(tmp_path: Path) -> None:
+    written = format.write(tmp_path / "file", [b"abc", bytearray(b"def"), memoryview(bytes(9)).cast("B", (3, 3))])
+    assert written == format.seal(tmp_path / "file") and written.bytes == 15
+    assert (
+        format.write(tmp_path / "empty", [])
+        == format.seal(tmp_path / "empty")
+        == FileDigest(0, hashlib.sha256().hexdigest())
+    )
+
+
+def test_no_checkpoint_is_none_and_other_folders_are_left_alone(tmp_path: Path) -> None:
+    assert format.find(tmp_path / "absent") is None and format.list_checkpoints(tmp_path / "absent") == []
+    for name in ("checkpoint-40", "checkpoint-00000040.bak", "notes", ".staging-00000010-a9"):
+        (tmp_path / name).mkdir()
+    assert format.find(tmp_path) is None
+    save(tmp_path, 20, attempt=2)
+    assert (tmp_path / "notes").is_dir() and (tmp_path / ".staging-00000010-a9").is_dir()  # a newer attempt's
+
+
+def test_newer_format_is_refused_not_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    path = save(tmp_path, 20)
+    manifest = Manifest.from_bytes((path / format.MANIFEST).read_bytes())
+    (path / format.MANIFEST).write_bytes(dataclasses.replace(manifest, version=2).to_bytes())
+    with pytest.raises(CheckpointError, match="newer Millstream"):
+        format.find(tmp_path)
+    assert [damage.kind for damage in format.verify(path)] == ["version"]
+
+
+# --- damage ---
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    previous, path = save(tmp_path, 10), save(tmp_path, 20)
+    files = sorted(file for file in path.iterdir())
+    rng = random.Random(0)
+    for round_ in range(200):
+        file = files[round_ % len(files)]
+        original = file.read_bytes()
+        bit = rng.randrange(len(original) * 8)
+        flipped = bytearray(original)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        found = format.find(tmp_path)
+        assert found is not None and found.path == previous, f"bit {bit} of {file.name} was not noticed"
+        assert [(damage.path, damage.file) for damage in found.bad] == [(path, file.name)]
+        file.write_bytes(original)
+    assert found_step(tmp_path) == 20
+
+
+def test_every_truncation_and_every_missing_file_is_found(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    path = save(tmp_path, 20, size=5000)
+    for file in sorted(path.iterdir()):
+        original = file.read_bytes()
+        for length in {*range(0, len(original), 512), len(original) - 1}:
+            file.write_bytes(original[:length])
+            assert found_step(tmp_path) == 10, f"{file.name} cut to {length} bytes was not noticed"
+        file.unlink()
+        assert found_step(tmp_path) == 10 and format.verify(path)[0].kind == "missing"
+        file.write_bytes(original + b"\0")
+        assert found_step(tmp_path) == 10, f"a byte after the end of {file.name} was not noticed"
+        file.write_bytes(original)
+
+
+def test_clean_checkpoints_raise_no_alarm(tmp_path: Path) -> None:
+    for step in range(0, 200, 10):
+        path = save(tmp_path, step, attempt=1 + step // 50)
+        for _ in range(10):
+            assert format.verify(path) == []
+    assert len(format.list_checkpoints(tmp_path)) == 20
+    assert all(not listed.damage and listed.manifest for listed in format.list_checkpoints(tmp_path))
+
+
+def test_damage_everywhere_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
+    for step in (10, 20):
+        (save(tmp_path, step) / "rank-00001.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError) as error:
+        format.find(tmp_path)
+    for word in ("checkpoint-00000010", "checkpoint-00000020", "rank-00001.safetensors has 0 bytes", "--fresh"):
+        assert word in str(error.value)
+
+
+def test_swapped_and_renamed_folders_are_found(tmp_path: Path) -> None:
+    first, second = save(tmp_path, 10), save(tmp_path, 20)
+    shutil.copy(first / "rank-00000.safetensors", second / "rank-00000.safetensors")  # right size, another step's
+    assert found_step(tmp_path) == 10
+    shutil.rmtree(second)
+    first.rename(tmp_path / "checkpoint-00000030")
+    assert "renamed" in format.verify(tmp_path / "checkpoint-00000030")[0].detail
+
+
+def test_manifest_may_not_name_files_elsewhere(tmp_path: Path) -> None:
+    path = save(tmp_path / "root", 10)
+    secret = format.write(tmp_path / "secret", [b"x"])
+    manifest = Manifest.from_bytes((path / format.MANIFEST).read_bytes())
+    (path / format.MANIFEST).write_bytes(dataclasses.replace(manifest, files={"../../secret": secret}).to_bytes())
+    assert [damage.kind for damage in format.verify(path)] == ["manifest"]
+
+
+# --- fencing ---
+
+
+def test_superseded_attempt_cannot_commit(tmp_path: Path) -> None:
+    save(tmp_path, 20, attempt=2)
+    before = everything(tmp_path)
+    with pytest.raises(CheckpointError, match="superseded by attempt 2"):
+        save(tmp_path, 30, attempt=1, newest_attempt=2)
+    with pytest.raises(CheckpointError, match="superseded by attempt 2"):
+        save(tmp_path, 20, attempt=1)  # it has not heard of attempt 2, but the checkpoint tells
+    assert everything(tmp_path) == before and found_step(tmp_path) == 20
+
+
+def test_same_step_is_replaced_by_a_newer_attempt(tmp_path: Path) -> None:
+    save(tmp_path, 20, attempt=1)
+    save(tmp_path, 20, attempt=2)
+    found = format.find(tmp_path)
+    assert found is not None and found.manifest.attempt == 2
+    assert os.listdir(tmp_path) == ["checkpoint-00000020"]
+
+
+def test_commit_refuses_what_is_not_there(tmp_path: Path) -> None:
+    for harm in (lambda file: file.unlink(), lambda file: file.write_bytes(b"short")):
+        staging = format.stage(tmp_path, 10, 1)
+        digest = format.write(staging / "a", [bytes(100)])
+        harm(staging / "a")
+        manifest = Manifest(10, 1, 1, 0, "fp32", {}, (), {"a": digest})
+        with pytest.raises(CheckpointError, match=r"step 10 not committed.*/a "):
+            format.commit(tmp_path, staging, manifest, newest_attempt=1)
+        assert os.listdir(tmp_path) == []
+
+
+# --- retention ---
+
+
+def test_prune_keeps_the_last_ones_and_every_mth(tmp_path: Path) -> None:
+    for step in range(10, 100, 10):
+        save(tmp_path, step)
+    removed = format.prune(tmp_path, keep=2, keep_every=40, protect={30})
+    assert sorted(os.listdir(tmp_path)) == [format.checkpoint_name(step) for step in (30, 40, 80, 90)]
+    assert {path.name for path in removed} == {format.checkpoint_name(step) for step in (10, 20, 50, 60, 70)}
+    assert format.prune(tmp_path, keep=2, keep_every=40, protect={30}) == []
+
+
+def test_prune_never_deletes_the_only_good_one(tmp_path: Path) -> None:
+    good = save(tmp_path, 10)
+    for step in (20, 30):
+        file = save(tmp_path, step) / "rank-00000.safetensors"
+        file.write_bytes(bytes(file.stat().st_size))
+    assert format.prune(tmp_path, keep=0) == [] and found_step(tmp_path) == 10
+    save(tmp_path, 40)
+    assert len(format.prune(tmp_path, keep=1)) == 3 and not good.exists() and found_step(tmp_path) == 40
+
+
+# --- disks ---
+
+
+def test_disk_without_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"disk full \(1,000,000,000,000.0 MB needed, [\d,.]+ MB free\)"):
+        format.stage(tmp_path / "root", 10, 1, bytes_needed=10**18)
+    assert os.listdir(tmp_path / "root") == []
+
+
+def test_disk_full_while_writing_leaves_no_partial(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    staging = format.stage(tmp_path, 20, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # a real failing write(2) without needing a full disk
+    try:
+        with pytest.raises(CheckpointError, match=f"{staging}/big: File too large"):
+            format.write(staging / "big", [bytes(100_000)] * 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert os.listdir(staging) == [] and found_step(tmp_path) == 10
+    with (
+        pytest.raises(CheckpointError, match=r"disk full \("),
+        disk.explained(tmp_path),
+        open("/dev/full", "wb", 0) as full,
+    ):
+        full.write(b"x")
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=f"checkpoint not written: {tmp_path}/file/root"):
+        format.stage(tmp_path / "file" / "root", 10, 1)
+    if not os.access("/proc", os.W_OK):
+        with pytest.raises(CheckpointError, match="not writable"):
+            format.stage(Path("/proc/checkpoints"), 10, 1)
