@@ -1,0 +1,78 @@
+"""Exact evaluation over the ranks: every sample once, at any world size.
+
+Micro batch i of the held-out set goes to rank i % R; the last one is simply shorter. When the micro batches do not
+divide evenly, a rank without one repeats its last and throws the result away (ZeRO-3 needs all ranks in every
+forward). Sums, not means, are added up, so the metric is that of the whole set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Config
+from pipeline.data.loader import evaluation_batches
+from pipeline.data.reader import open_dataset
+from pipeline.engine import Engine
+from pipeline.errors import DataError
+from pipeline.session import World
+from pipeline.tasks import Sums, Task
+
+
+def evaluate(config: Config, task: Task, engine: Engine, world: World) -> dict[str, float]:
+    """Score every held-out set of the configuration: {"eval/<set>/<metric>": value}, the same on all ranks."""
+    metrics: dict[str, float] = {}
+    for name, folder in config.data.evaluate.items():
+        sums = _score(Path(folder), config, task, engine, world)
+        metrics |= {f"eval/{name}/{metric}": value for metric, value in means(sums, world).items()}
+    return metrics
+
+
+def _score(folder: Path, config: Config, task: Task, engine: Engine, world: World) -> Sums:
+    """This rank's share of one set, as sums over its samples."""
+    engine.model.eval()
+    total: Sums = {}
+    dataset = open_dataset(folder, check_digests=config.data.check_digests)
+    try:
+        batches = evaluation_batches(
+            dataset, task.prepare, config.micro_batch_size, world.rank, world.world_size, config.data.threads
+        )
+        with torch.no_grad():
+            for micro in batches:
+                sums = task.score(engine.model, on_device(micro.batch, world.device))
+                if not micro.filler:
+                    add(total, sums)
+    finally:
+        dataset.close()
+        engine.model.train()
+    if not total:
+        raise DataError(
+            f"{folder} gave rank {world.rank} nothing to evaluate: the set has fewer samples than there are workers"
+        )
+    return total
+
+
+def on_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch where the model is; from pinned memory the copy runs beside the computation."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def add(total: Sums, sums: Sums) -> None:
+    """Add one micro batch's sums (numerator, denominator), in float64, without waiting for the device."""
+    for name, (numerator, denominator) in sums.items():
+        top, bottom = (torch.as_tensor(value).detach().double() for value in (numerator, denominator))
+        had = total.get(name)
+        total[name] = (had[0] + top, had[1] + bottom) if had else (top, bottom)
+
+
+def means(sums: Sums, world: World) -> dict[str, float]:
+    """Sums of all ranks, divided: the metrics of the whole. Sets or steps without terms give nan."""
+    if not sums:
+        return {}
+    flat = [float(value) for pair in sums.values() for value in pair]
+    totals = world.gather(flat).sum(axis=0).reshape(-1, 2)  # [metrics, (numerator, denominator)]
+    return {
+        name: float(top / bottom) if bottom else float("nan") for name, (top, bottom) in zip(sums, totals, strict=True)
+    }

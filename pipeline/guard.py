@@ -1,0 +1,55 @@
+"""What to do when a step's gradient is not finite.
+
+The engine has already refused such a step: weights and optimizer are as before, on every rank and at every ZeRO
+stage. Here it is decided whether the run goes on: by policy `skip`, up to so many in a row; by policy `stop`, never.
+The samples are named, so that a bad one can be found. With fp16 an overflow is how the loss scale finds its level: it
+is counted apart and ends no run by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.config import Guard
+from pipeline.data.loader import MicroBatch
+from pipeline.engine import StepResult
+from pipeline.errors import RunError
+from pipeline.session import Session
+
+
+@dataclass
+class NonFinite:
+    """The policy, and how many steps in a row it has skipped."""
+
+    policy: Guard
+    in_a_row: int = 0
+
+    def judge(self, session: Session, step: int, result: StepResult, loss: float, batches: list[MicroBatch]) -> None:
+        """Record a step that was not applied. `loss` is the mean over all ranks, so that all of them decide alike.
+
+        Raises RunError, naming the step, when the policy ends the run.
+        """
+        if result.applied:
+            self.in_a_row = 0
+            return
+        if result.loss_scale is not None and math.isfinite(loss):
+            session.record(
+                "skip", step=step, rank=session.world.rank, reason="fp16 overflow", loss_scale=result.loss_scale
+            )
+            return
+        self.in_a_row += 1
+        numbers = [int(number) for micro in batches if not micro.filler for number in micro.numbers]
+        session.record(
+            "skip", step=step, rank=session.world.rank, reason="loss or gradient not finite", samples=numbers
+        )
+        if self.policy.non_finite == "stop" or self.in_a_row > self.policy.max_skipped:
+            raise RunError(
+                f"step {step}: loss {loss}, gradient not finite, {self.in_a_row} step(s) in a row. The weights are "
+                "those from before. The samples are in the journal (kind: skip). Lower optim.lr, look at the samples, "
+                "or raise guard.max_skipped."
+            )
+
+    def empty(self, session: Session, step: int) -> None:
+        """Record a step whose whole batch has no term in the loss: nothing was computed."""
+        session.record("skip", step=step, rank=session.world.rank, reason="no term of the batch counts in the loss")

@@ -1,0 +1,280 @@
+"""The worker's story: build, restore, loop, close. Read this first.
+
+Every rank of an attempt runs `train` from top to bottom. A step is a pure function of (configuration, weights, step
+number): the order says which samples, the seed which random draws, the schedule which learning rate. So there is no
+iterator to save, no generator state and no scheduler object, and going on after a kill is the same as never having
+stopped.
+
+    shard -> loader.step(k) -> task.loss(model, batch) -> engine.backward -> engine.step
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+
+from pipeline import checkpoint, tasks
+from pipeline import engine as engines
+from pipeline.batch_norm import RunningStatistics
+from pipeline.checkpoint import Restored
+from pipeline.checkpoint import format as checkpoints
+from pipeline.config import Config
+from pipeline.data.loader import Loader, MicroBatch
+from pipeline.data.order import Order, block_samples
+from pipeline.data.reader import Dataset, open_dataset
+from pipeline.engine import Engine
+from pipeline.errors import CheckpointError
+from pipeline.evaluate import add, evaluate, means, on_device
+from pipeline.guard import NonFinite
+from pipeline.optim import learning_rate
+from pipeline.randomness import Randomness
+from pipeline.run import newest_attempt
+from pipeline.session import Session, World
+
+
+def train(config: Config, session: Session) -> str:
+    """Train until `config.steps` ("done") or until a stop is asked for ("stopped"); a checkpoint is committed either way.
+
+    Raises DataError, CheckpointError, ConfigError, RunError for what a person can mend; all else is a bug.
+    """
+    # ------------------------------------------------------------ build, in the order of the data's way, and restore
+    world = session.world
+    setup(config)
+    randomness = Randomness(config.seed)
+    dataset = open_dataset(config.data.train, config.data.check_digests)
+    order = order_of(config, dataset)
+    learner = build(config, session, randomness)
+    task, engine = learner.task, learner.engine
+    data = data_state(config, dataset, order)
+    restored = restore(config, session, learner, data)
+    first = restored.step if restored else 0
+    guard = NonFinite(config.guard)
+    loader = loader_of(config, task, dataset, order, world, first)
+
+    # ------------------------------------------------------------ loop
+    step, outcome, saved = first, "done", first if restored else None
+    while step < config.steps:
+        began = time.perf_counter()
+        session.phase("data", step)
+        batches = loader.step(step)  # A micro batches; which rows they hold does not depend on the world size
+        terms = sum(task.weight(micro.batch) for micro in batches if not micro.filler)
+        terms, stop = world.gather([terms, session.stop_requested]).sum(axis=0)
+        if stop:
+            outcome = "stopped"
+            break
+
+        # Forward and backward. R * A / terms undoes DeepSpeed's averages: each term of the batch weighs the same.
+        sums: tasks.Sums = {}
+        learner.running.begin()
+        for micro in batches if terms else ():
+            scale = 0.0 if micro.filler else world.world_size * engine.micro_steps / terms
+            with randomness.draws(step, micro.index):
+                session.phase("forward", step)
+                loss, sums_of_micro = task.loss(engine.model, on_device(micro.batch, world.device))
+                session.phase("backward", step)
+                engine.backward(loss * scale)
+            if not micro.filler:
+                add(sums, sums_of_micro)
+                learner.running.add()
+
+        # Step: all ranks apply it, or none does.
+        session.phase("step", step)
+        rate = learning_rate(config.optim.schedule, config.optim.lr, step, config.steps)
+        if terms:
+            result = engine.step(rate)
+            metrics = {f"train/{name}": value for name, value in means(sums, world).items()}
+            guard.judge(session, step, result, metrics["train/loss"], batches)
+            if result.applied:
+                learner.running.update(world, config.micro_batches)
+            metrics |= {"train/grad_norm": result.grad_norm, "optim/lr": rate}
+        else:
+            metrics = {"optim/lr": rate}
+            guard.empty(session, step)
+
+        # Record.
+        seconds = time.perf_counter() - began
+        waited, digests = world.gather([loader.wait_seconds, rows_digest(batches)]).T
+        if world.rank == 0:
+            metrics["throughput/samples_per_second"] = config.global_batch_size / seconds
+            metrics["time/step_seconds"] = seconds
+            metrics["data/wait_seconds"] = float(waited.max())
+            session.record("step", step=step, metrics=metrics, samples=int(digests.sum()))
+        step += 1
+        if due(step, config.evaluate.every):
+            score(config, session, learner, step)
+        if due(step, config.checkpoint.every):
+            saved = save(config, session, learner, data, step)
+
+    # ------------------------------------------------------------ close
+    loader.close()
+    if outcome == "done" and learner.scored_step != step:
+        score(config, session, learner, step)
+    if saved != step:
+        save(config, session, learner, data, step)
+    if world.rank == 0:
+        session.record("end", reason=outcome, step=step)
+    session.flush()
+    engine.close()
+    dataset.close()
+    return outcome
+
+
+@dataclass
+class Learner:
+    """What is trained: the task, the engine around its network, the statistics beside it, how many parameters."""
+
+    task: tasks.Task
+    engine: Engine
+    running: RunningStatistics
+    parameters: int
+    scored_step: int | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def setup(config: Config) -> None:
+    """What torch must know before anything is computed."""
+    torch.set_num_threads(config.cluster.threads_per_worker)  # the thread count changes convolution sums
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def build(config: Config, session: Session, randomness: Randomness) -> Learner:
+    """Task, network with weights that follow from the seed alone, engine."""
+    task: tasks.Task = tasks.find(config.task.name).Task(config.task)
+    with randomness.draws("weights"):
+        model = task.build_model()
+    running = RunningStatistics(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())  # ZeRO-3 leaves only shares of them
+    engine = engines.build(config, model, session.world)
+    running.to(session.world.device)
+    return Learner(task, engine, running, parameters)
+
+
+def restore(
+    config: Config, session: Session, learner: Learner, data: dict[str, Any], step: int | None = None
+) -> Restored | None:
+    """Go on from the newest good checkpoint (or that of `step`), or start when the run has none; say which."""
+    session.phase("restore", 0)
+    restored = checkpoint.restore(
+        learner.engine,
+        session.world,
+        session.run / "checkpoints",
+        config=config,
+        data=data,
+        buffers=learner.running.values,
+        step=step,
+    )
+    if session.world.rank == 0:
+        kind, at, notes = ("restore", restored.step, restored.notes) if restored else ("start", 0, [])
+        session.record(kind, step=at, notes=notes, workers=session.world.world_size, parameters=learner.parameters)
+    return restored
+
+
+def save(config: Config, session: Session, learner: Learner, data: dict[str, Any], step: int) -> int:
+    """Commit a checkpoint of the state after `step` steps. The journal is durable up to here before it. Returns
+    `step`.
+    """
+    session.phase("save", step)
+    session.flush()
+    began = time.perf_counter()
+    folder = session.run / "checkpoints"
+    path = checkpoint.save(
+        learner.engine,
+        session.world,
+        folder,
+        step=step,
+        attempt=session.attempt,
+        config=config,
+        data=data,
+        buffers=learner.running.values,
+        metrics=learner.scores if learner.scored_step == step else {},
+        newest_attempt=newest_attempt(session.run),
+    )
+    if session.world.rank == 0:
+        removed = checkpoints.prune(folder, config.checkpoint.keep, config.checkpoint.keep_every)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        metrics = {"checkpoint/save_seconds": time.perf_counter() - began, "checkpoint/bytes": size}
+        session.record("save", step=step, path=path.name, metrics=metrics, removed=[old.name for old in removed])
+    return step
+
+
+def score(config: Config, session: Session, learner: Learner, step: int) -> None:
+    """Score the held-out sets as the network stands after `step` steps, and record it."""
+    session.phase("evaluation", step)
+    began = time.perf_counter()
+    learner.running.publish()
+    learner.scores = evaluate(config, learner.task, learner.engine, session.world)
+    learner.scored_step = step
+    if learner.scores and session.world.rank == 0:
+        session.record("evaluation", step=step, metrics=learner.scores, seconds=time.perf_counter() - began)
+
+
+def evaluate_checkpoint(config: Config, session: Session, step: int | None) -> tuple[int, dict[str, float]]:
+    """Score the held-out sets with the newest good checkpoint, or that of `step`: (its step, metrics). Writes nothing.
+
+    Raises CheckpointError when the run has no checkpoint.
+    """
+    setup(config)
+    dataset = open_dataset(config.data.train, config.data.check_digests)
+    learner = build(config, session, Randomness(config.seed))
+    restored = restore(config, session, learner, data_state(config, dataset, order_of(config, dataset)), step)
+    if restored is None:
+        steps = [listed.step for listed in checkpoints.list_checkpoints(session.run / "checkpoints")]
+        raise CheckpointError(
+            f"{session.run} has no checkpoint of step {step}; there are {steps}"
+            if steps
+            else f"{session.run} has no checkpoint yet; train it first"
+        )
+    learner.running.publish()
+    return restored.step, evaluate(config, learner.task, learner.engine, session.world)
+
+
+def data_state(config: Config, dataset: Dataset, order: Order) -> dict[str, Any]:
+    """Which samples in which order: what a checkpoint keeps of the data, and a restore must present again."""
+    return {"identity": dataset.identity, "order": order.fingerprint, "micro_batch_size": config.micro_batch_size}
+
+
+def order_of(config: Config, dataset: Dataset) -> Order:
+    """The order of the run's samples: a pure function of the data set's shape, the seed and the step."""
+    return Order(
+        samples=len(dataset),
+        block=block_samples(len(dataset), dataset.index.bytes, config.data.block_bytes),
+        lanes=config.data.lanes or config.micro_batches,
+        shuffle_blocks=config.data.shuffle_blocks,
+        seed=config.seed,
+    )
+
+
+def loader_of(config: Config, task: tasks.Task, dataset: Dataset, order: Order, world: World, first: int) -> Loader:
+    """This rank's micro batches from step `first` on."""
+    return Loader(
+        dataset,
+        order,
+        task.prepare,
+        augments=task.augments,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        start_step=first,
+    )
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and step % every == 0
+
+
+def rows_digest(batches: list[MicroBatch]) -> int:
+    """Which samples stood in which rows, as a number below 2^40; summed over ranks it is the same at every world
+    size.
+    """
+    counted = [micro for micro in batches if not micro.filler]
+    rows = (xxhash.xxh3_64_intdigest(m.epochs.tobytes() + m.numbers.tobytes(), seed=m.index) for m in counted)
+    return sum(row >> 24 for row in rows)
