@@ -1,0 +1,1 @@
+"""Attempts, workers and faults: the driver starts attempts under Ray or in one process and decides what follows."""

@@ -1,0 +1,178 @@
+"""Ray, and nothing but Ray: a cluster to stand on, one attempt as one `TorchTrainer.fit`.
+
+Ray Train places the workers, forms the process group and ends all of them when one dies. It keeps no checkpoint, no
+retry and no state of ours: `max_failures=0`, and the driver decides what comes after. The training function runs in a
+thread of its worker, so workers install no signal handlers; a stop comes through the board.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.board import Board
+from pipeline.config import Config
+from pipeline.errors import RunError
+
+SCRATCH = "millstream-ray-"  # in the system's temporary folder: Ray's sockets need a short path
+
+
+@contextmanager
+def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]]:
+    """Connect to the cluster at `address`, or start one on this machine that ends with this process. Yields its
+    resources.
+
+    Raises RunError when the cluster cannot be reached.
+    """
+    _sweep_scratch()
+    scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
+    # No report to anyone; Ray Train's second version; and the future default of a third, or Ray warns at every start.
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    if address is None:
+        # A private cluster has a token of its own. Left alone, Ray writes one into the home folder for all.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    try:
+        if address is None:
+            cpus = config.cluster.workers * config.cluster.threads_per_worker + 1
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, cpus),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=100 * 2**20,
+                _temp_dir=scratch,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise RunError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require(config: Config, resources: Mapping[str, float]) -> bool:
+    """Whether workers get a GPU. Raises RunError with the numbers when the cluster can never hold the workers."""
+    wanted = config.cluster.workers
+    gpus = resources.get("GPU", 0.0)
+    use_gpu = bool(gpus) if config.cluster.gpu is None else config.cluster.gpu
+    have, kind = (
+        (gpus, "GPUs") if use_gpu else (resources.get("CPU", 0.0) // config.cluster.threads_per_worker, "CPU slots")
+    )
+    if have < wanted:
+        raise RunError(
+            f"cluster.workers is {wanted}, but the cluster has {have:.0f} {kind} "
+            f"({config.cluster.threads_per_worker} thread(s) a worker). Set cluster.workers={have:.0f}, or add nodes."
+        )
+    return use_gpu
+
+
+class Attempt:
+    """One fit of fixed world size. `run` blocks until it has ended; `request_stop` may be called from another
+    thread.
+    """
+
+    def __init__(self, config: Config, folder: Path, number: int, use_gpu: bool) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.config, self.folder, self.number, self.use_gpu = config, folder, number, use_gpu
+        actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here)
+        self.board: Any = actor.remote(folder / "journal.jsonl", number)
+
+    def record(self, record: dict[str, Any]) -> None:
+        import ray
+
+        ray.get(self.board.record.remote(record))
+
+    def request_stop(self) -> None:
+        import ray
+
+        ray.get(self.board.request_stop.remote())
+
+    def heartbeats(self) -> dict[int, dict[str, Any]]:
+        import ray
+
+        return ray.get(self.board.heartbeats.remote())
+
+    def run(self) -> BaseException | None:
+        """Fit. Returns what ended it, or None when every worker returned."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        threads = self.config.cluster.threads_per_worker
+        resources = {"CPU": float(threads)} | ({"GPU": 1.0} if self.use_gpu else {})
+        with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-fit-") as storage:
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={
+                    "config": self.config.model_dump(mode="json"),
+                    "folder": str(self.folder),
+                    "attempt": self.number,
+                    "board": self.board,
+                },
+                scaling_config=ScalingConfig(
+                    num_workers=self.config.cluster.workers, use_gpu=self.use_gpu, resources_per_worker=resources
+                ),
+                torch_config=TorchConfig(
+                    backend="nccl" if self.use_gpu else "gloo",
+                    timeout_s=int(self.config.guard.collective_timeout_seconds),
+                ),
+                run_config=RunConfig(
+                    name=f"{self.folder.name}-a{self.number}",
+                    storage_path=storage,
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
+                ),
+            )
+            try:
+                return trainer.fit().error
+            except Exception as error:  # Ray raises many kinds; the journal knows the true reason
+                return error
+
+    def close(self) -> None:
+        import ray
+
+        ray.get(self.board.close.remote())
+        ray.kill(self.board)
+
+
+def _worker(work: dict[str, Any]) -> None:
+    """What Ray Train calls in each worker."""
+    import ray
+    from ray.train import get_context
+
+    from pipeline.cluster import output, worker
+
+    folder, attempt, board = Path(work["folder"]), work["attempt"], work["board"]
+    output.to_file(folder / "logs" / f"attempt-{attempt:04d}-rank-{get_context().get_world_rank()}.log")
+    worker.run(
+        Config.model_validate(work["config"]),
+        folder,
+        attempt,
+        lambda rank, records, where: ray.get(board.deliver.remote(rank, records, where)),
+    )
+
+
+def _sweep_scratch() -> None:
+    """Remove what drivers left that were killed: their folders carry their process id."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        owner = left.name.removeprefix(SCRATCH).split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(left, ignore_errors=True)
