@@ -1,0 +1,162 @@
+"""The `millstream` command: reads arguments, calls one function of the part that does the work, prints what came out.
+
+Nothing heavy is imported before a command runs, so `millstream --help` is instant and `train` finds a wrong
+configuration in under a second. Errors that a person can mend are shown as a message with their exit code (78: mend the
+configuration, 1: anything else); a traceback is a bug. What it gives up: no option of a run is a flag. All are keys of
+its configuration, set on the command line as key.path=value.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pipeline
+from pipeline import cli_data
+from pipeline.errors import MillstreamError
+
+INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
+
+app = typer.Typer(name="millstream", no_args_is_help=True, pretty_exceptions_enable=False)
+checkpoint_app = typer.Typer(no_args_is_help=True)
+app.add_typer(cli_data.app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+def main() -> None:
+    """Entry of the `millstream` command."""
+    try:
+        app()
+    except MillstreamError as error:
+        from pipeline import terminal
+
+        terminal.error(error)
+        sys.exit(error.exit_code)
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            typer.echo("\nstopped; nothing half-made is left", err=True)
+        raise
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"millstream {pipeline.__version__}")
+        raise typer.Exit
+
+
+def _keys(incomplete: str) -> list[str]:
+    """Completes KEY=VALUE to the keys of a configuration."""
+    from pipeline.config import Config
+    from pipeline.problems import places
+
+    return [f"{place}=" for place in places(Config) if place.startswith(incomplete)]
+
+
+@app.callback(epilog="Example: millstream train configs/digits.yaml")
+def millstream(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Exact, elastic training of deep networks from sharded data."""
+
+
+@app.command(epilog="Example: millstream train configs/digits.yaml cluster.workers=4 optim.lr=1e-3")
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys set for this time.", autocompletion=_keys),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew in a new run folder; deletes nothing.")] = False,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Running Ray cluster; without it one is started here.")
+    ] = None,
+) -> None:
+    """Train, or go on where the same command stopped.
+
+    Ctrl-C finishes the step, saves, and ends with exit code 75. Done is 0.
+    """
+    from pipeline.config import load
+
+    checked = load(config, overrides or ())
+    from pipeline.cluster import driver
+
+    raise typer.Exit(driver.run(checked, fresh=fresh, address=address))
+
+
+@app.command(epilog="Example: millstream evaluate runs/digits --checkpoint 400")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="Run folder, or the YAML file of its run.")],
+    checkpoint: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest good one without it.")
+    ] = None,
+) -> None:
+    """Score the held-out data sets of a run with one of its checkpoints."""
+    from pipeline import terminal
+
+    folder = _run_folder(run)
+    from pipeline.cluster import driver
+
+    step, scores = driver.evaluate(folder, checkpoint)
+    terminal.say(f"{folder.name} after {step:,} steps", "bold")
+    terminal.table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in scores.items()])
+
+
+def _run_folder(path: Path) -> Path:
+    """The run folder at `path`, or that of the configuration at `path`."""
+    from pipeline.run import open_run
+
+    if not path.is_file():
+        return open_run(path).folder
+    from pipeline.cluster import driver
+    from pipeline.config import load_resolved, resolve
+    from pipeline.errors import RunError
+
+    config = resolve(load_resolved(path))
+    if not (config.runs / config.name).is_dir():
+        raise RunError(f"{path} has no run in {config.runs} yet; train it first: millstream train {path}")
+    return driver.run_folder(config, fresh=False)
+
+
+@checkpoint_app.callback(epilog="Example: millstream checkpoint list runs/digits")
+def checkpoints() -> None:
+    """List and verify the checkpoints of a run."""
+
+
+@checkpoint_app.command("list", epilog="Example: millstream checkpoint list runs/digits")
+def list_(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
+    """Show the checkpoints of a run; contents are not read, `verify` does that."""
+    from pipeline import terminal
+    from pipeline.run import open_run
+
+    found = open_run(run).checkpoints()
+    terminal.table(
+        ["step", "attempt", "saved", "size", "metrics", "state"], [terminal.checkpoint(each) for each in found]
+    )
+    if not found:
+        terminal.say("none yet")
+
+
+@checkpoint_app.command("verify", epilog="Example: millstream checkpoint verify runs/digits")
+def verify_checkpoints(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
+    """Read every byte of a run's checkpoints and compare digests. Exit code 1 when one is damaged."""
+    from pipeline import terminal
+    from pipeline.checkpoint.format import verify
+    from pipeline.run import open_run
+
+    found = open_run(run).checkpoints()
+    damages = []
+    with terminal.progress() as progress:
+        for count, each in enumerate(found, 1):
+            damages.append(verify(each.path))
+            progress("verify", count, len(found))
+    for damage in (damage for listed in damages for damage in listed):
+        terminal.say(str(damage), "red")
+    bad = sum(map(bool, damages))
+    if bad:
+        terminal.say(f"{bad} of {len(found)} checkpoints damaged; a run goes on from the newest good one", "bold red")
+        raise typer.Exit(1)
+    checked = f"{len(found)} checkpoint{'s' if len(found) > 1 else ''}"
+    terminal.say(f"all good: {checked}, every byte as written" if found else "none yet", "bold")
