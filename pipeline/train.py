@@ -37,7 +37,7 @@ from pipeline.session import Session, World
 
 
 def train(config: Config, session: Session) -> str:
-    """Train until `config.steps` ("done") or until a stop is asked for ("stopped"); a checkpoint is committed either way.
+    """Train until `config.steps` ("done") or a stop is asked for ("stopped"); a checkpoint is committed either way.
 
     Raises DataError, CheckpointError, ConfigError, RunError for what a person can mend; all else is a bug.
     """

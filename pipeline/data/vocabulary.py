@@ -69,6 +69,13 @@ def _types(step: Any) -> Iterator[str]:
                 yield from _types(part)
 
 
+def xz_bits_per_byte(folder: Path) -> float | None:
+    """Bits per byte of `xz -9` on the text of the shards in `folder`; None when the packer did not measure it."""
+    path = folder / "text.json"
+    facts = _json(path) if path.is_file() else {}
+    return 8 * facts["xz_bytes"] / facts["bytes"] if facts.get("xz_bytes") and facts.get("bytes") else None
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

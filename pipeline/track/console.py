@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from pipeline.config import Config
+from pipeline.data.vocabulary import xz_bits_per_byte
 from pipeline.track import journal
 
 LINE_SECONDS = 10.0
@@ -108,7 +109,8 @@ class Console:
         took = time.monotonic() - self._began
         self.say(f"{outcome}: step {facts['last_step']} of {self.config.steps}, {took:,.0f} s{again}", style="bold")
         for metric, value, best, at in facts["evaluations"]:
-            self.say(f"  {metric:<22} {value:.4f}   (best {best:.4f} at step {at})")
+            beside = self._compressor(metric)
+            self.say(f"  {metric:<22} {value:.4f}   (best {best:.4f} at step {at}{beside})")
         if facts["samples_per_second"]:
             speed = f"{facts['samples_per_second']:,.0f} samples/s"
             wait = facts["data_wait_share"] or 0.0
@@ -125,6 +127,14 @@ class Console:
         if code:
             then = "the same command again; it goes on from the last checkpoint"
         self.say(f"  next                   {then}")
+
+    def _compressor(self, metric: str) -> str:
+        """What xz makes of the same text, beside bits per byte, where the packer has measured it."""
+        name, _, kind = metric.rpartition("/")
+        if kind != "bits_per_byte" or name not in self.config.data.evaluate:
+            return ""
+        bits = xz_bits_per_byte(Path(self.config.data.evaluate[name]))
+        return f"; xz -9 on the same text: {bits:.4f}" if bits else ""
 
     def already_done(self) -> None:
         self.say(

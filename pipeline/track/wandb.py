@@ -117,7 +117,7 @@ class Wandb:
                 wandb.teardown()  # else the id counts as in use, and offline cannot have it
         self._run = self._init("offline", identity)
         self._sent = have
-        self.where = f"offline; `wandb sync {self._folder / 'wandb'}/offline-run-*` sends it"
+        self.where = f"offline; `wandb sync {os.path.relpath(self._folder / 'wandb')}/offline-run-*` sends it"
 
     def _init(self, mode: Literal["online", "offline"], identity: str) -> Any:
         import wandb
