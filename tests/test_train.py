@@ -18,9 +18,10 @@ from pipeline import tasks
 from pipeline.data.reader import open_dataset
 from pipeline.optim import learning_rate
 from pipeline.randomness import DrawOutsideScope, Randomness
-from pipeline.session import Session, World
-from pipeline.train import loader_of, order_of, train
+from pipeline.session import World
+from pipeline.train import loader_of, order_of
 from tests import gloo, small_data
+from tests.small_session import of_kind, records_of
 
 STEPS = 20
 RESNET = {
@@ -71,24 +72,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run_cases(world: World, paths: dict[str, Path], runs: Path) -> dict[str, list[dict[str, Any]]]:
-    """Train every case in this process; rank 0's records by case."""
-    kept: dict[str, list[dict[str, Any]]] = {}
-    for name, path in paths.items():
-        records: list[dict[str, Any]] = []
-
-        def keep(
-            rank: int, new: list[dict[str, Any]], where: dict[str, Any], into: list[dict[str, Any]] = records
-        ) -> bool:
-            into.extend(new)
-            return False
-
-        session = Session(world, runs / name, 1, keep)
-        try:
-            assert train(configs.load(path, [f"cluster.workers={world.world_size}"]), session) == "done"
-        finally:
-            session.close()
-        kept[name] = records
-    return kept
+    """Train every case in this process; this rank's records by case."""
+    return {name: records_of(world, configs.load(path), runs / name) for name, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +83,6 @@ def by_workers(
     """Records of rank 0 for 1, 2, 3 (does not divide the 4 micro batches) and 4 workers."""
     runs = tmp_path_factory.mktemp("runs")
     return {n: gloo.run(run_cases, n, cases, runs / str(n), timeout=240)[0] for n in (1, 2, 3, 4)}
-
-
-def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [record for record in records if record["kind"] == kind]
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])
@@ -142,7 +123,7 @@ def test_loss_is_that_of_the_whole_batch(
     recorded = [r["metrics"] for r in of_kind(by_workers[2][case], "step")]
     loader = loader_of(config, task, dataset, order_of(config, dataset), World.join(), 0)
     with loader:
-        for step in range(STEPS):
+        for step in range(6):
             batches = loader.step(step)
             terms = sum(task.weight(micro.batch) for micro in batches)
             total = 0.0
