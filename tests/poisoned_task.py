@@ -1,4 +1,4 @@
-"""A task outside the package: the mean brightness of an image, with samples that poison the loss or do not count."""
+"""A task outside the package: mean brightness of an image, with samples that poison the loss or do not count."""
 
 from __future__ import annotations
 

@@ -99,47 +99,37 @@ def attempts(config: Config, folder: Path, console: Console, start: Callable[[in
     """Start attempts until one ends by itself, the restart budget is spent, or a failure repeats itself."""
     failures: list[Failure] = []
     with stop_signals(console) as stop, console, sinks(config, folder, console) as tracking:
-        while True:
-            number = lease.new_attempt(folder)
-            console.heading(number, config.cluster.workers)
-            attempt = start(number)
+        code = None
+        while code is None:
+            attempt = start(lease.new_attempt(folder))
             attempt.record({"kind": "attempt", "workers": config.cluster.workers, "restarts": len(failures)})
             error = supervise(attempt, stop)
-            records = [r for r in journal.read(folder / "journal.jsonl").records if r["attempt"] == number]
+            records = [r for r in journal.read(folder / "journal.jsonl").records if r["attempt"] == attempt.number]
             reason = next((r["reason"] for r in reversed(records) if r["kind"] == "end"), None)
-            if reason is None:
-                failures.append(
-                    diagnose(records, attempt.heartbeats(), error or RuntimeError("the workers ended early"))
-                )
-            attempt.close()
             if reason is not None:
                 code = DONE if reason == "done" else AGAIN
-                break
-            code = after(failures, config, console, stop.is_set())
-            if code is not None:
-                break
+            else:
+                error = error or RuntimeError("the workers ended before the run did")
+                failures.append(diagnose(records, attempt.heartbeats(), error))
+                code, message = after(failures, config, stop.is_set())
+                attempt.record({"kind": "failure", "message": message, "exit_code": code})
+            attempt.close()
     console.end(code, journal.read(folder / "journal.jsonl").records, tracking.where)
     return code
 
 
-def after(failures: list[Failure], config: Config, console: Console, stopping: bool) -> int | None:
-    """What a failure leads to: an exit code, or None to go on with another attempt."""
+def after(failures: list[Failure], config: Config, stopping: bool) -> tuple[int | None, str]:
+    """What a failure leads to: an exit code, or None to go on with another attempt; and what to say."""
     last, restarts = failures[-1], config.cluster.restarts
     if last.final:
-        console.say(last.reason, style="red")
-        return last.exit_code
+        return last.exit_code, last.reason
     if stopping:
-        console.say(f"stopped without a new checkpoint: {last.reason}", style="yellow")
-        return AGAIN
+        return AGAIN, f"stopped without a new checkpoint: {last.reason}"
     again = [failure for failure in failures[-CRASH_LOOP:] if failure.same(last)]
     if len(again) == CRASH_LOOP or len(failures) > restarts:
         why = f"the same failure {CRASH_LOOP} times" if len(again) == CRASH_LOOP else f"{restarts} restart(s) used up"
-        console.say(f"giving up, {why}: {last.reason}\n{again[0].traceback}".rstrip(), style="red")
-        return GIVE_UP
-    console.say(
-        f"{last.reason}; going on from the last checkpoint (restart {len(failures)} of {restarts})", style="yellow"
-    )
-    return None
+        return GIVE_UP, f"giving up, {why}: {last.reason}\n{again[0].traceback}".rstrip()
+    return None, f"{last.reason}; going on from the last checkpoint (restart {len(failures)} of {restarts})"
 
 
 def supervise(attempt: Attempt, stop: threading.Event) -> BaseException | None:

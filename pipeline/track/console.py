@@ -57,15 +57,13 @@ class Console:
         """One line above the bar."""
         self.terminal.print(escape(text), style=style)
 
-    def heading(self, attempt: int, workers: int) -> None:
-        c = self.config
-        who = "one plain process" if workers == 0 else f"{workers} worker{'s' * (workers > 1)}"
-        what = f"{c.steps:,} steps of {c.global_batch_size} samples, {who}, ZeRO-{c.zero.stage}, {c.precision.dtype}"
-        self.say(f"{c.name}: {what}; run folder {relative(self.folder)}, attempt {attempt}", style="bold")
-
     def show(self, record: Mapping[str, Any]) -> None:
         """Show one record of the journal."""
         match record["kind"]:
+            case "attempt":
+                self._heading(record["attempt"], record["workers"])
+            case "failure":
+                self.say(record["message"], style="yellow" if record["exit_code"] in (None, 75) else "red")
             case "start":
                 self.say(f"training from step 0: {record['parameters']:,} parameters")
             case "restore":
@@ -84,6 +82,12 @@ class Console:
                 self.say(f"step {record['step']:>6}  skipped: {record['reason']}", style="yellow")
             case "warning":
                 self.say(f"warning: {record['message']}", style="yellow")
+
+    def _heading(self, attempt: int, workers: int) -> None:
+        c = self.config
+        who = "one plain process" if workers == 0 else f"{workers} worker{'s' * (workers > 1)}"
+        what = f"{c.steps:,} steps of {c.global_batch_size} samples, {who}, ZeRO-{c.zero.stage}, {c.precision.dtype}"
+        self.say(f"{c.name}: {what}; run folder {relative(self.folder)}, attempt {attempt}", style="bold")
 
     def _progress(self, record: Mapping[str, Any]) -> None:
         metrics, done = record["metrics"], record["step"] + 1
@@ -125,7 +129,7 @@ class Console:
             self.say(f"  W&B                    {tracking}")
         then = f"millstream evaluate {here}  |  millstream checkpoint list {here}"
         if code:
-            then = "the same command again; it goes on from the last checkpoint"
+            then = "the same command again goes on" + ("; first mend what is said above" if code == 1 else "")
         self.say(f"  next                   {then}")
 
     def _compressor(self, metric: str) -> str:

@@ -1,0 +1,100 @@
+"""The driver around one plain process: going on, starting afresh, refusing, and the exit codes, without Ray."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import config as configs
+from pipeline.cluster import driver, lease
+from pipeline.errors import CheckpointError, RunError
+from pipeline.run import Run
+from tests import small_data
+
+TASK = {"name": "tests.poisoned_task"}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    pictures = small_data.images(tmp_path / "pictures")
+    data = {"train": str(pictures), "evaluate": {"test": str(pictures)}}
+    return small_data.config(tmp_path / "toy.yaml", TASK, pictures, data=data, steps=6, checkpoint={"every": 2})
+
+
+def train(toy: Path, *changes: str, fresh: bool = False) -> int:
+    return driver.run(configs.load(toy, ["cluster.workers=0", *changes]), fresh=fresh)
+
+
+def test_again_goes_on_and_fresh_starts_beside(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = toy.parent / "runs"
+    assert train(toy) == driver.DONE
+    assert "done: step 6 of 6" in capsys.readouterr().out
+    assert train(toy) == driver.DONE
+    assert "is finished" in capsys.readouterr().out
+    assert train(toy, "steps=8") == driver.DONE
+    said = capsys.readouterr().out
+    assert "changed since the last attempt: steps" in said and "going on from step 6" in said
+    assert "not bitwise: steps 6 -> 8" in said
+    before = sorted(path.name for path in (runs / "toy" / "checkpoints").iterdir())
+    assert train(toy, fresh=True) == driver.DONE
+    assert "training from step 0" in capsys.readouterr().out
+    assert sorted(path.name for path in (runs / "toy" / "checkpoints").iterdir()) == before
+    assert Run(runs / "toy-2").finished and Run(runs / "toy").curve("train/loss")[0] == list(range(8))
+
+
+def test_missing_checkpoints_are_not_a_fresh_start(toy: Path) -> None:
+    assert train(toy) == driver.DONE
+    shutil.rmtree(toy.parent / "runs" / "toy" / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"step 6 was saved there.*--fresh"):
+        train(toy)
+
+
+def test_other_data_is_refused_with_the_difference(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(toy) == driver.DONE
+    capsys.readouterr()
+    small_data.images(toy.parent / "others", count=50)
+    assert train(toy, "steps=8", f"data.train={toy.parent}/others") == driver.GIVE_UP
+    said = capsys.readouterr().out
+    assert "was trained on other data" in said and "identity" in said and "--fresh" in said and "Traceback" not in said
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(toy) == driver.DONE
+    [shard] = (toy.parent / "runs/toy/checkpoints/checkpoint-00000006").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 4
+    shard.write_bytes(content)
+    assert train(toy, "steps=8") == driver.DONE
+    said = capsys.readouterr().out
+    assert "damaged, passed over" in said and shard.name in said and "going on from step 4" in said
+
+
+def test_a_failing_worker_ends_in_a_crash_loop_with_its_traceback(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(toy, "task.name=tests.failing_task", "checkpoint.every=5") == driver.GIVE_UP
+    said = capsys.readouterr().out
+    assert "the same failure 3 times" in said and "ZeroDivisionError" in said
+    assert said.count("(restart") == 2 and "tests/failing_task.py" in said
+
+
+def test_two_at_once_are_refused(toy: Path) -> None:
+    folder = toy.parent / "runs" / "toy"
+    with lease.take(folder), pytest.raises(RunError, match="already active"):
+        train(toy)
+    assert not (folder / "journal.jsonl").exists()
+
+
+def test_evaluation_of_a_checkpoint_repeats_what_training_said(toy: Path) -> None:
+    assert train(toy, "evaluate.every=2") == driver.DONE
+    run = Run(toy.parent / "runs" / "toy")
+    steps, losses = run.curve("eval/test/loss")
+    assert steps == [2, 4, 6]
+    assert driver.evaluate(run.folder) == (6, {"eval/test/loss": losses[-1]})
+    assert driver.evaluate(run.folder, 4) == (4, {"eval/test/loss": losses[-2]})
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there are \[4, 6\]"):
+        driver.evaluate(run.folder, 3)
