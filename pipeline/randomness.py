@@ -23,9 +23,7 @@ class DrawOutsideScope(MillstreamError):
 
 
 def key(*place: int | str) -> int:
-    """A 63-bit seed from a place such as (seed, step, micro batch): equal places give equal seeds, others unrelated
-    ones.
-    """
+    """A 63-bit seed from a place such as (seed, step, micro batch); other places give unrelated ones."""
     digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

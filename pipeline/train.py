@@ -174,9 +174,7 @@ def restore(
 
 
 def save(config: Config, session: Session, learner: Learner, data: dict[str, Any], step: int) -> int:
-    """Commit a checkpoint of the state after `step` steps. The journal is durable up to here before it. Returns
-    `step`.
-    """
+    """Commit a checkpoint of the state after `step` steps, the journal being durable up to here. Returns `step`."""
     session.phase("save", step)
     session.flush()
     began = time.perf_counter()
@@ -272,9 +270,7 @@ def due(step: int, every: int | None) -> bool:
 
 
 def rows_digest(batches: list[MicroBatch]) -> int:
-    """Which samples stood in which rows, as a number below 2^40; summed over ranks it is the same at every world
-    size.
-    """
+    """Which samples stood in which rows, as a number below 2^40; its sum over ranks is that of any world size."""
     counted = [micro for micro in batches if not micro.filler]
     rows = (xxhash.xxh3_64_intdigest(m.epochs.tobytes() + m.numbers.tobytes(), seed=m.index) for m in counted)
     return sum(row >> 24 for row in rows)

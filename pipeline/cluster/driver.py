@@ -133,9 +133,7 @@ def after(failures: list[Failure], config: Config, stopping: bool) -> tuple[int 
 
 
 def supervise(attempt: Attempt, stop: threading.Event) -> BaseException | None:
-    """Run an attempt to its end, passing a stop on to its workers when it comes. Returns what ended it, if it
-    failed.
-    """
+    """Run an attempt to its end, passing a stop on to its workers. Returns what ended it, if it failed."""
     if isinstance(attempt, Solo):  # stays in the main thread, where a debugger is at home
         watcher = threading.Thread(target=lambda: stop.wait() and attempt.request_stop(), daemon=True)
         watcher.start()
@@ -154,16 +152,15 @@ def supervise(attempt: Attempt, stop: threading.Event) -> BaseException | None:
 
 @contextmanager
 def stop_signals(console: Console) -> Iterator[threading.Event]:
-    """SIGINT or SIGTERM asks for a stop after the step in hand; the second one leaves at once, the last checkpoint
-    intact.
-    """
+    """SIGINT or SIGTERM asks for a stop after the step in hand; a second one leaves at once, the checkpoint intact."""
     stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+        yield stop
+        return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
-            console.say(
-                "leaving at once; the last checkpoint is intact, and the same command goes on from it", style="yellow"
-            )
+            console.say("leaving at once; the same command goes on from the last checkpoint", style="yellow")
             os._exit(AGAIN)
         stop.set()
         console.say("stopping: finishing the step and saving; once more to leave at once", style="yellow")
@@ -187,6 +184,11 @@ def sinks(config: Config, folder: Path, console: Console) -> Iterator[Wandb]:
     def feed() -> None:
         for place, record in enumerate(journal.follow(path, ended)):
             if place >= seen:
+                if record["kind"] in (
+                    "start",
+                    "restore",
+                ):  # not before: a configuration that is refused is not the run's
+                    save_configuration(config, folder)
                 console.show(record)
                 tracking.write(record)
 
@@ -211,26 +213,28 @@ def run_folder(config: Config, fresh: bool) -> Path:
     newest = max(taken, default=0)
     if newest and not fresh:
         return taken[newest]
-    folder = runs / (config.name if newest == 0 else f"{config.name}-{newest + 1}")
-    return folder
+    return runs / (config.name if newest == 0 else f"{config.name}-{newest + 1}")
 
 
 def note_configuration(config: Config, folder: Path, console: Console) -> None:
-    """Save the resolved configuration in the run folder; name what differs from the one the run had before."""
+    """Name what differs from the configuration that the run had before; a new run has this one."""
     path = folder / "config.yaml"
-    if path.exists():
-        changes = configs.difference(configs.load_resolved(path), config)
-        if changes:
-            console.say(f"changed since the last attempt: {', '.join(changes)}", style="yellow")
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(configs.dump(config))
-    fresh.replace(path)
+    if not path.exists():
+        save_configuration(config, folder)
+    changes = configs.difference(configs.load_resolved(path), config)
+    if changes:
+        console.say(f"changed since the last attempt: {', '.join(changes)}", style="yellow")
+
+
+def save_configuration(config: Config, folder: Path) -> None:
+    """Put the resolved configuration into the run folder, all at once."""
+    draft = folder / "config.yaml.tmp"
+    draft.write_text(configs.dump(config))
+    draft.replace(folder / "config.yaml")
 
 
 def expect_checkpoint(folder: Path) -> None:
-    """Raises CheckpointError when the journal knows of a checkpoint and there is none: never a fresh start by
-    accident.
-    """
+    """Raises CheckpointError when the journal knows of a checkpoint and none is there: no fresh start by accident."""
     saved = [record for record in journal.read(folder / "journal.jsonl").records if record["kind"] == "save"]
     if saved and not checkpoints.list_checkpoints(folder / "checkpoints"):
         raise CheckpointError(
@@ -245,8 +249,7 @@ def finished(config: Config, folder: Path) -> bool:
 
 
 def evaluate(folder: Path, step: int | None = None) -> tuple[int, dict[str, float]]:
-    """Score a run's held-out sets with its newest good checkpoint, or the one of `step`, in this process: (step,
-    metrics).
+    """Score a run's held-out sets with its newest good checkpoint, or that of `step`: (step, metrics).
 
     Reads only, so it may be done while the run goes on. Raises CheckpointError when there is no such checkpoint.
     """

@@ -23,9 +23,7 @@ def to_file(path: Path) -> None:
 
 @contextmanager
 def apart(path: Path) -> Iterator[TextIO]:
-    """Keep the terminal for whoever holds the stream that this yields; all other output goes to `path` until the
-    end.
-    """
+    """Keep the terminal for whoever holds the stream that this yields; all other output goes to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = os.dup(1), os.dup(2)
     with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as terminal:
@@ -42,9 +40,7 @@ def apart(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def shared(path: Path) -> Iterator[TextIO]:
-    """Send only what libraries log or warn to `path`: for one plain process, whose prints and breakpoints are its
-    own.
-    """
+    """Send only what libraries log or warn to `path`: for a process whose prints and breakpoints are its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler, root = logging.FileHandler(path, delay=True), logging.getLogger()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))

@@ -84,9 +84,7 @@ def require(config: Config, resources: Mapping[str, float]) -> bool:
 
 
 class Attempt:
-    """One fit of fixed world size. `run` blocks until it has ended; `request_stop` may be called from another
-    thread.
-    """
+    """One fit of fixed world size. `run` blocks until it has ended; `request_stop` may come from another thread."""
 
     def __init__(self, config: Config, folder: Path, number: int, use_gpu: bool) -> None:
         import ray
