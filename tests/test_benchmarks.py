@@ -37,7 +37,7 @@ def cells(lines: list[str]) -> list[list[str]]:
 
 
 def test_three_loops_take_turns(tmp_path: Path) -> None:
-    rows = cells(script("step.py", "--size toy --case language --rounds 2 --steps 2 --warmup 1", tmp_path))
+    rows = cells(script("step.py", "--size toy --case language --starts 1 --rounds 2 --steps 2 --warmup 1", tmp_path))
     assert [row[:2] for row in rows] == [["language", loop] for loop in ("millstream", "bare", "trainer")]
     assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
     assert all(float(row[5].split()[0]) > 0 for row in rows[1:])

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_checkpoint import found_step, save
 
 from pipeline.checkpoint import disk, format
+from tests.checkpoint.small_checkpoint import found_step, save
 
 OPERATIONS = ("make_folder", "_create", "_append", "sync", "rename", "_remove", "_remove_folder")
 
@@ -156,7 +156,7 @@ def test_real_kills_while_saving(tmp_path: Path) -> None:
     """The same with nothing simulated: a process that saves without pause is killed at many moments."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from pipeline.checkpoint import format; from small_checkpoint import save\n"
+        "from pipeline.checkpoint import format; from tests.checkpoint.small_checkpoint import save\n"
         "root = Path(sys.argv[1]); found = format.find(root); step = found.step if found else 0\n"
         "assert not (found and found.bad)\n"
         "while True: step += 1; save(root, step, size=60_000); print(step, flush=True); format.prune(root, 2)\n"
@@ -164,7 +164,7 @@ def test_real_kills_while_saving(tmp_path: Path) -> None:
     rng, newest = random.Random(0), 0
     for _ in range(6):
         command = [sys.executable, "-c", code, str(tmp_path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
         assert process.stdout is not None
         for _ in range(rng.randrange(1, 20)):
             newest = int(process.stdout.readline())

@@ -13,11 +13,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from small_checkpoint import found_step, save
 
 from pipeline.checkpoint import disk, format
 from pipeline.checkpoint.format import FileDigest, Manifest
 from pipeline.errors import CheckpointError
+from tests.checkpoint.small_checkpoint import found_step, save
 
 
 def everything(root: Path) -> dict[str, bytes]:
