@@ -80,26 +80,30 @@ def run(config: Config, *, fresh: bool = False, address: str | None = None) -> i
             console.already_done()
             return DONE
         expect_checkpoint(folder)
-        if alone:
-            return attempts(config, folder, console, lambda number: Solo(config, folder, number))
-        return under_ray(config, folder, console, address or config.cluster.address or os.environ.get("RAY_ADDRESS"))
+        with stop_signals(console) as stop:
+            if alone:
+                return attempts(config, folder, console, stop, lambda number: Solo(config, folder, number))
+            where = address or config.cluster.address or os.environ.get("RAY_ADDRESS")
+            return under_ray(config, folder, console, stop, where)
 
 
-def under_ray(config: Config, folder: Path, console: Console, address: str | None) -> int:
+def under_ray(config: Config, folder: Path, console: Console, stop: threading.Event, address: str | None) -> int:
     """Attempts on a Ray cluster. Raises RunError when it cannot be reached or can never hold the workers."""
     from pipeline.cluster import ray
 
     console.say(f"connecting to Ray at {address}" if address else "starting Ray on this machine", style="dim")
-    with ray.cluster(config, address) as resources:
+    with ray.cluster(config, address) as resources, stop_signals(console, stop):  # Ray took SIGTERM for itself
         use_gpu = ray.require(config, resources)
-        return attempts(config, folder, console, lambda number: ray.Attempt(config, folder, number, use_gpu))
+        return attempts(config, folder, console, stop, lambda number: ray.Attempt(config, folder, number, use_gpu))
 
 
-def attempts(config: Config, folder: Path, console: Console, start: Callable[[int], Attempt]) -> int:
+def attempts(
+    config: Config, folder: Path, console: Console, stop: threading.Event, start: Callable[[int], Attempt]
+) -> int:
     """Start attempts until one ends by itself, the restart budget is spent, or a failure repeats itself."""
     failures: list[Failure] = []
-    with stop_signals(console) as stop, console, sinks(config, folder, console) as tracking:
-        code = None
+    with console, sinks(config, folder, console) as tracking:
+        code = AGAIN if stop.is_set() else None  # asked for before anything began
         while code is None:
             attempt = start(lease.new_attempt(folder))
             attempt.record({"kind": "attempt", "workers": config.cluster.workers, "restarts": len(failures)})
@@ -151,9 +155,9 @@ def supervise(attempt: Attempt, stop: threading.Event) -> BaseException | None:
 
 
 @contextmanager
-def stop_signals(console: Console) -> Iterator[threading.Event]:
+def stop_signals(console: Console, stop: threading.Event | None = None) -> Iterator[threading.Event]:
     """SIGINT or SIGTERM asks for a stop after the step in hand; a second one leaves at once, the checkpoint intact."""
-    stop = threading.Event()
+    stop = stop or threading.Event()
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield stop
         return

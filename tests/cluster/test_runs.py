@@ -31,13 +31,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     pictures = str(small_data.images(folder / "pictures"))
     data = {"train": pictures, "evaluate": {"test": pictures}}
-    small_data.config(folder / "toy.yaml", RESNET, folder / "pictures", data=data, steps=STEPS, zero={"stage": 2})
+    task = {**RESNET, "name": "tests.slow_task"}  # slow enough to be caught in the middle
+    small_data.config(folder / "toy.yaml", task, folder / "pictures", data=data, steps=STEPS, zero={"stage": 2})
     return folder
 
 
 def millstream(project: Path, *arguments: str, kills: str = "") -> subprocess.Popen[str]:
     """Start the command in `project`; its process group is its own, so that a test can end all of it."""
-    environment = {**os.environ, "MILLSTREAM_KILL": kills}
+    environment = {**os.environ, "MILLSTREAM_KILL": kills, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "pipeline", *arguments]
     return subprocess.Popen(
         command,
@@ -61,10 +62,11 @@ def finish(process: subprocess.Popen[str], code: int) -> str:
     return output
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until the journal has `step`."""
+def wait_for_step(folder: Path, step: int, attempt: int, process: subprocess.Popen[str]) -> None:
+    """Until the journal has `step` of this attempt or a later one."""
     while process.poll() is None:
-        if folder.exists() and any(r["kind"] == "step" and r["step"] >= step for r in Run(folder).records()):
+        steps = [r for r in Run(folder).records() if r["kind"] == "step"] if folder.exists() else []
+        if any(record["attempt"] >= attempt and record["step"] >= step for record in steps):
             return
         time.sleep(0.1)
     raise AssertionError(f"ended before step {step}:\n{process.communicate()[0]}")
@@ -82,8 +84,9 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-def scratch() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("millstream-ray-*"))
+def scratch(process: subprocess.Popen[str]) -> set[Path]:
+    """Temporary folders of the Ray cluster that this command has started."""
+    return set(Path(tempfile.gettempdir()).glob(f"millstream-ray-{process.pid}-*"))
 
 
 def ray_processes(folders: set[Path]) -> list[str]:
@@ -101,11 +104,11 @@ def ray_processes(folders: set[Path]) -> list[str]:
 @pytest.fixture(scope="module")
 def quiet(project: Path) -> Iterator[Path]:
     """The uninterrupted run that the others are compared with."""
-    before = scratch()
-    output = finish(millstream(project, "train", "toy.yaml", "name=quiet"), 0)
+    process = millstream(project, "train", "toy.yaml", "name=quiet")
+    output = finish(process, 0)
     assert "done: step 20 of 20" in output and "test/accuracy" in output
     assert "Traceback" not in output and "Warning" not in output and "raylet" not in output
-    assert scratch() == before
+    assert scratch(process) == set()
     yield project / "runs" / "quiet"
 
 
@@ -131,17 +134,17 @@ def test_killed_workers_change_nothing(project: Path, quiet: Path) -> None:
 
 def test_killed_driver_then_ctrl_c_change_nothing(project: Path, quiet: Path) -> None:
     """SIGKILL of a worker, then of the driver; again: Ctrl-C commits and says how to go on; again, and it ends."""
-    run, before = project / "runs" / "driver", scratch()
+    run = project / "runs" / "driver"
     first = millstream(project, "train", "toy.yaml", "name=driver", kills="1:1:backward:3")
-    wait_for_step(run, 7, first)
-    started = scratch() - before
+    wait_for_step(run, 6, 2, first)
+    started = scratch(first)
     assert ray_processes(started)
     first.kill()
     output, _ = first.communicate()
     assert "worker 1 was lost" in output and "restart 1 of 8" in output
 
     second = millstream(project, "train", "toy.yaml", "name=driver")
-    wait_for_step(run, 11, second)
+    wait_for_step(run, 6, 3, second)
     assert ray_processes(started) == []  # the first one's cluster died with it
     second.send_signal(signal.SIGINT)
     output = finish(second, 75)
@@ -149,11 +152,12 @@ def test_killed_driver_then_ctrl_c_change_nothing(project: Path, quiet: Path) ->
     stopped = [record["step"] for record in Run(run).records() if record["kind"] == "end"]
     assert len(state(run, stopped[-1])) > 10
 
-    output = finish(millstream(project, "train", "toy.yaml", "name=driver"), 0)
+    third = millstream(project, "train", "toy.yaml", "name=driver")
+    output = finish(third, 0)
     assert f"going on from step {stopped[-1]}" in output
     assert_same_state(run, quiet)
     assert Run(run).curve("train/loss") == Run(quiet).curve("train/loss")
-    assert scratch() == before
+    assert scratch(first) == scratch(second) == scratch(third) == set()
 
     again = finish(millstream(project, "train", "toy.yaml", "name=driver"), 0)
     assert "is finished" in again

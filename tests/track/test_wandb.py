@@ -60,7 +60,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    mine = {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}  # a killed W&B leaves folders behind
+    return {**os.environ, **mine}
 
 
 def attempt(folder: Path, environment: dict[str, str], *arguments: object) -> str:
