@@ -56,12 +56,13 @@ def page(title: str, facts: Sequence[str], body: str, load_before: float) -> str
     """One result as Markdown: title, hardware, versions, command, load average, then `facts` and `body`."""
     now = datetime.now().astimezone()
     load = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after, of which the measurement itself is a part"
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     lines = [
         f"# {title}, {now:%Y-%m-%d %H:%M}",
         "",
         f"- Hardware: {processor()}, {memory_gib():.0f} GiB; {platform.system()} {platform.release()}",
         f"- Versions: {versions()}",
-        f"- Command: `python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"- Command: `{command}`",
         f"- Load average of the machine: {load}",
         *(f"- {fact}" for fact in facts),
         "",

@@ -48,7 +48,9 @@ class Randomness:
                 "or from a generator of your own: else the numbers depend on the world size and on restarts."
             )
         number = key(self.seed, *place)
-        torch.manual_seed(number)
+        torch.default_generator.manual_seed(number)  # torch.manual_seed also asks devices that are not there: 0.2 ms
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(number)
         np.random.seed(number % 2**32)
         random.seed(number)
         try:
