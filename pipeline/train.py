@@ -104,15 +104,13 @@ def train(config: Config, session: Session) -> str:
             metrics["data/wait_seconds"] = float(waited.max())
             session.record("step", step=step, metrics=metrics, samples=int(digests.sum()))
         step += 1
-        if due(step, config.evaluate.every):
+        if due(step, config.evaluate.every, config.steps):
             score(config, session, learner, step)
-        if due(step, config.checkpoint.every):
+        if due(step, config.checkpoint.every, config.steps):
             saved = save(config, session, learner, data, step)
 
     # ------------------------------------------------------------ close
     loader.close()
-    if outcome == "done" and learner.scored_step != step:
-        score(config, session, learner, step)
     if saved != step:
         save(config, session, learner, data, step)
     if world.rank == 0:
@@ -264,9 +262,9 @@ def loader_of(config: Config, task: tasks.Task, dataset: Dataset, order: Order, 
     )
 
 
-def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
-    return every is not None and step % every == 0
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens after this one."""
+    return step == last or (every is not None and step % every == 0)
 
 
 def rows_digest(batches: list[MicroBatch]) -> int:
