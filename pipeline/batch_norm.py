@@ -19,6 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.session import World
 
+KINDS = ("running_mean", "running_var")
+
 
 class RunningStatistics:
     """Running mean and variance of every batch-norm layer of a module; empty and free of cost when it has none."""
@@ -28,7 +30,7 @@ class RunningStatistics:
         self.layers = {name: layer for name, layer in layers if layer.track_running_stats}
         self.momentum: dict[str, float] = {}
         self.values: dict[str, Tensor] = {}  # "layer.running_mean" -> fp32 [channels]
-        self._sums: dict[str, Tensor] = {}
+        self._sums: list[Tensor] = []
         for name, layer in self.layers.items():
             if layer.momentum is None:
                 raise ValueError(
@@ -36,7 +38,7 @@ class RunningStatistics:
                 )
             self.momentum[name] = layer.momentum
             layer.momentum = 1.0  # after a forward the layer's buffers then hold this batch's own statistics
-            for kind in ("running_mean", "running_var"):
+            for kind in KINDS:
                 self.values[f"{name}.{kind}"] = getattr(layer, kind).detach().float().clone()
 
     def to(self, device: torch.device) -> None:
@@ -45,25 +47,28 @@ class RunningStatistics:
 
     def begin(self) -> None:
         """Start of a step: forget the last one's statistics."""
-        self._sums = {name: torch.zeros_like(value) for name, value in self.values.items()}
+        self._sums = [torch.zeros_like(value) for value in self.values.values()]
 
     def add(self) -> None:
         """After the forward of a micro batch that counts."""
-        for name in self.values:
-            layer, _, kind = name.rpartition(".")
-            self._sums[name] += getattr(self.layers[layer], kind).detach()
+        if self.values:
+            torch._foreach_add_(self._sums, self._buffers())
 
     def update(self, world: World, micro_batches: int) -> None:
         """End of a step: one update from the mean over the step's `micro_batches`, equal on all ranks."""
         if not self.values:
             return
-        flat = world.sum_(torch.cat(list(self._sums.values())))  # [sum of channels]
-        for name, total in zip(self.values, flat.split([v.numel() for v in self.values.values()]), strict=True):
+        flat = world.sum_(torch.cat(self._sums))  # [sum of channels]
+        totals = flat.split([value.numel() for value in self.values.values()])
+        for (name, value), total in zip(self.values.items(), totals, strict=True):
             momentum = self.momentum[name.rpartition(".")[0]]
-            self.values[name] = self.values[name] * (1 - momentum) + total * (momentum / micro_batches)
+            value.mul_(1 - momentum).add_(total, alpha=momentum / micro_batches)
 
     def publish(self) -> None:
         """Put the running values into the module's buffers, as evaluation and export read them."""
-        for name, value in self.values.items():
-            layer, _, kind = name.rpartition(".")
-            getattr(self.layers[layer], kind).copy_(value)
+        for value, buffer in zip(self.values.values(), self._buffers(), strict=True):
+            buffer.copy_(value)
+
+    def _buffers(self) -> list[Tensor]:
+        """The layers' own buffers, in the order of `values`; a forward leaves its micro batch's statistics there."""
+        return [getattr(layer, kind) for layer in self.layers.values() for kind in KINDS]

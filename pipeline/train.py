@@ -10,6 +10,7 @@ stopped.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,8 @@ def setup(config: Config) -> None:
     """What torch must know before anything is computed."""
     torch.set_num_threads(config.cluster.threads_per_worker)  # the thread count changes convolution sums
     torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products on GPU
 
 
 def build(config: Config, session: Session, randomness: Randomness) -> Learner:
