@@ -54,7 +54,7 @@ def millstream(project: Path, *arguments: str, kills: str = "") -> subprocess.Po
 def finish(process: subprocess.Popen[str], code: int) -> str:
     """Wait for the command's end; its output."""
     try:
-        output, _ = process.communicate(timeout=280)
+        output, _ = process.communicate(timeout=500)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
