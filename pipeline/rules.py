@@ -178,13 +178,13 @@ def _missing(place: str, path: Path, mend: str) -> Problem:
 def _folder(place: str, folder: Path) -> list[Problem]:
     if not folder.is_dir():
         return [_missing(place, folder, f"make it with {_pack(folder)}")]
-    if (folder / "index.json").is_file():
+    if (folder / "shards.idx").is_file():
         return []
     if any(folder.glob("*.tar")):
         mend = f"run `millstream data index {folder}`"
         return [Problem(place, f"the shards in {folder} have no index", suggestion=mend)]
     mend = f"name a folder of packed shards; raw files are packed with {_pack(folder)}"
-    return [Problem(place, f"{folder} holds neither index.json nor tar shards", suggestion=mend)]
+    return [Problem(place, f"{folder} holds neither shards.idx nor tar shards", suggestion=mend)]
 
 
 def _pack(folder: Path) -> str:

@@ -40,7 +40,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with two indexed data folders, a task of its own, and good.yaml."""
     for split in ("train", "test"):
         (tmp_path / "data" / split).mkdir(parents=True)
-        (tmp_path / "data" / split / "index.json").write_text("{}")
+        (tmp_path / "data" / split / "shards.idx").write_text("{}")
     (tmp_path / "house").mkdir()
     (tmp_path / "house" / "blobs.py").write_text(TASK)
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(GOOD, sort_keys=False))

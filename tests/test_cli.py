@@ -158,7 +158,7 @@ def test_a_data_set_from_pack_to_verify(millstream: Run, project: Path) -> None:
 
     assert "100 samples" in millstream("data", "verify", "made/train").out
     identity = re.search(r"identity (\w+)", looked.out)
-    for path in [*Path("made/train").glob("*.idx"), Path("made/train/index.json")]:
+    for path in [*Path("made/train").glob("*.idx"), Path("made/train/shards.idx")]:
         path.unlink()
     missing = millstream("data", "verify", "made/train")
     assert missing.code == 1 and "millstream data index made/train" in missing.err

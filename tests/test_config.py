@@ -117,7 +117,7 @@ def test_overrides() -> None:
 
 def test_a_run_is_read_without_its_data() -> None:
     Path("kept.yaml").write_text(dump(resolve(load("good.yaml"))))
-    for path in Path("data").rglob("index.json"):
+    for path in Path("data").rglob("shards.idx"):
         path.unlink()
     assert load_resolved("kept.yaml").steps == 100
     assert len(problems(path="kept.yaml")) == 2

@@ -133,7 +133,7 @@ def test_data_folders() -> None:
         problems("data.train=data/tars"),
         problems("data.train=away/train"),
     )
-    assert "neither index.json nor tar" in bare.message and "data pack" in (bare.suggestion or "")
+    assert "neither shards.idx nor tar" in bare.message and "data pack" in (bare.suggestion or "")
     assert "no index" in tars.message and tars.suggestion == "run `millstream data index data/tars`"
     assert str(Path.cwd()) in gone.message and gone.suggestion == "make it with `millstream data pack SOURCE away`"
     (named,) = problems("data.evaluate.test=data/tset")

@@ -1,164 +1,118 @@
 """The index of a data set: which shards, how many samples in each, where each sample lies, and the name of the whole.
 
-A folder of uncompressed tars -> one segment beside each tar (segment.py) -> index.json, the root, written last. The
-root is a table of shards, one line each; `identity` is the sha256 of that table, so it depends on names and contents
-of the shards and not on folder, time or machine. It stands in every checkpoint. The tars stay as they are: other
-readers do not notice.
+A folder of uncompressed tars -> one segment beside each tar (segment.py) -> shards.idx, the root (root.py), written
+last. `identity` follows from names and contents of the shards alone and stands in every checkpoint. The tars stay as
+they are: other readers do not notice. Opening maps the root and reads nothing else, so a million shards open as ten do.
 
 Nothing is kept from an older index, and each file is replaced in one step (written beside, fsync, rename): a reader
-sees the old or the new one, never half of one. An index that does not fit the tars is named, never used.
+sees the old or the new one, never half of one. An index that does not fit the tars is named, never used. A scan that
+was stopped or killed goes on where it was (notes.py).
 
 What it gives up: a shard that changed without changing its size is found when its samples are read, not when it is
-opened.
+opened. Where the tars cannot be listed cheaply, that holds for their sizes too.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
 import os
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
-from pipeline.data.damage import Damage, compare
-from pipeline.data.segment import MAGIC, Segment, digest, map_file, open_segment, scan_tar
+import numpy as np
+
+from pipeline.data import notes, root, segment
+from pipeline.data.notes import Note
+from pipeline.data.parallel import Mapping, processes
+from pipeline.data.root import ROOT, Shard, Shards
+from pipeline.data.segment import Segment, open_segment, scan_tar
+from pipeline.data.storage import Folder, Storage, find_shards, map_file
 from pipeline.errors import DataError
 
-FORMAT, VERSION = "millstream index", 1
-ROOT = "index.json"
-REFUSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
+OLD_ROOT = "index.json"  # of format 1
 
 
-class Shard(NamedTuple):
-    """One line of the root. name: of the tar in its folder.  bytes: of the tar.  digest: xxh3_128 of its segment."""
-
-    name: str
-    samples: int
-    bytes: int
-    digest: str
-
-
-@dataclass(frozen=True)
 class Index:
-    """A data set's table of shards. Samples are numbered from 0 through all shards in the table's order."""
+    """A data set's table of shards. Samples are numbered from 0 through all shards in the table's order.
 
-    folder: Path
-    shards: tuple[Shard, ...]
-    identity: str
+    shards: a lazy sequence.  identity: hex.  samples, bytes: of all, bytes of the tars.
+    """
+
+    def __init__(self, storage: Storage, shards: Shards, identity: str) -> None:
+        self.storage, self.shards, self.identity = storage, shards, identity
+        self.samples = int(self.starts[-1])
+        self.bytes = int(shards.records["bytes"].sum())
 
     @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """The number of the first sample of each shard, and at the end the number of all samples."""
-        return tuple(accumulate((shard.samples for shard in self.shards), initial=0))
+    def starts(self) -> np.ndarray:
+        """int64[shards + 1]: the number of the first sample of each shard, and at the end the number of all samples."""
+        starts = np.zeros(len(self.shards) + 1, np.int64)
+        np.cumsum(self.shards.records["samples"], out=starts[1:])
+        return starts
 
     @property
-    def samples(self) -> int:
-        """Number of samples in all shards."""
-        return self.starts[-1]
-
-    @cached_property
-    def bytes(self) -> int:
-        """Size of all tars, in bytes."""
-        return sum(shard.bytes for shard in self.shards)
+    def folder(self) -> Path:
+        """Where the data set lies, for messages and for the files beside the shards."""
+        return Path(self.storage.place)
 
     def locate(self, number: int) -> tuple[int, int]:
         """Shard number and row in that shard of a sample; IndexError when there is no such sample."""
-        if not 0 <= number < self.starts[-1]:
-            raise IndexError(f"{self.folder}: no sample {number}, there are {self.samples}, from 0")
-        shard = bisect_right(self.starts, number) - 1
-        return shard, number - self.starts[shard]
+        if not 0 <= number < self.samples:
+            raise IndexError(f"{self.storage.place}: no sample {number}, there are {self.samples}, from 0")
+        shard = int(self.starts.searchsorted(number, "right")) - 1
+        return shard, number - int(self.starts[shard])
+
+    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard numbers and rows, int64[k] each, of samples int64[k]; IndexError when one of them does not exist."""
+        wrong = numbers[(numbers < 0) | (numbers >= self.samples)]
+        if wrong.size:
+            raise IndexError(f"{self.storage.place}: no sample {wrong[0]}, there are {self.samples}, from 0")
+        shards = self.starts.searchsorted(numbers, "right") - 1
+        return shards, numbers - self.starts[shards]
+
+    def prefix_identity(self, samples: int) -> str | None:
+        """The identity of a data set that has only the first shards of this one, with so many samples in all.
+
+        None when no shard ends there. So a data set that has grown by shards behind its old ones knows the old one.
+        Shards without samples at that edge are counted in.
+        """
+        shards = int(self.starts.searchsorted(samples, "right")) - 1
+        return self.shards.identity(shards) if samples > 0 and self.starts[shards] == samples else None
 
     def tar_path(self, shard: int) -> Path:
-        """Where the tar of a shard lies."""
-        return self.folder / self.shards[shard].name
+        """Where the tar of a shard lies, for messages."""
+        return self.folder / self.shards.name(shard)
 
     def segment(self, shard: int) -> Segment:
         """Map the segment of a shard; DataError when it is missing, damaged or not of this root."""
-        return open_segment(_segment_path(self.tar_path(shard)), self.shards[shard].digest)
+        return read_segment(self.storage, self.shards[shard])
 
 
-class ShardReport(NamedTuple):
-    """A shard that was read to its end. bytes: of the tar.  damages: how many were reported before this."""
-
-    shard: str
-    samples: int
-    bytes: int
-    damages: int
-
-
-def find_shards(folder: Path | str) -> list[Path]:
-    """The tars of a folder by name. DataError when there is no folder, no tar, or a compressed one."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of shards; check the path, or make one with `millstream data pack`")
-    found = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    refused = [name for name in found if name.lower().endswith(REFUSED_ENDINGS)]
-    if refused:
-        raise DataError(
-            f"{folder / refused[0]}: compressed shards are not read ({len(refused)} here), samples are read at their "
-            "places; unpack each to a .tar (`gzip -d`, `xz -d`, `zstd -d --rm`)"
-        )
-    shards = [folder / name for name in found if name.endswith(".tar")]
-    if not shards:
-        deeper = sorted(path.parent.name for path in folder.glob("*/*.tar"))
-        hint = f"its folder {deeper[0]} has some, name that one" if deeper else "pack some with `millstream data pack`"
-        raise DataError(f"{folder}: no .tar shards in this folder; {hint}")
-    for shard in shards:
-        if not shard.is_file():
-            raise DataError(f"{shard}: not a plain file; copy its bytes to a .tar in this folder")
-    return shards
+def read_segment(storage: Storage, shard: Shard) -> Segment:
+    """Map the segment of a shard; DataError when it is missing, damaged or not the one that `shard` tells of."""
+    name, mend = f"{shard.name}.idx", _mend(storage)
+    place = f"{storage.place}/{name}"
+    try:
+        view = storage.map(name)
+    except FileNotFoundError:
+        raise DataError(f"{place}: this part of the index is missing; {mend}") from None
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error.strerror}); {mend}") from error
+    return open_segment(view, shard.digest, place, mend)
 
 
-def scan(folder: Path | str, workers: int = 1) -> Iterator[Shard]:
-    """Read every tar of a folder once and write its segment; each Shard comes when it is done, in the order of names.
-
-    workers: processes. Raises DataError at the first tar that cannot be read, naming it. The root is not written, that
-    is what `commit` does.
-    """
-    shards = find_shards(folder)
-    if workers <= 1 or len(shards) == 1:
-        yield from map(_index_shard, shards)
-        return
-    context = multiprocessing.get_context("spawn")  # no fork: the caller may have threads
-    with ProcessPoolExecutor(min(workers, len(shards)), mp_context=context) as pool:
-        yield from pool.map(_index_shard, shards)
-
-
-def commit(folder: Path | str, shards: Iterable[Shard]) -> Index:
-    """Write the root over the shards that `scan` gave, and open it. DataError when they hold no sample."""
-    folder, table = Path(folder), sorted(shards)
-    if not sum(shard.samples for shard in table):
-        raise DataError(f"{folder}: its {len(table)} shards hold no samples")
-    lines = ",\n".join(json.dumps(shard) for shard in table)
-    body = f'"shards": [\n{lines}\n]}}\n'.encode()
-    path = folder / ROOT
-    _refuse_foreign(path, f'{{"format": "{FORMAT}"'.encode())
-    head = json.dumps({"format": FORMAT, "version": VERSION, "identity": hashlib.sha256(body).hexdigest()})
-    _replace(path, head[:-1].encode() + b",\n" + body)
-    return open_index(folder)
-
-
-def build(folder: Path | str, workers: int = 1) -> Index:
-    """Index a folder of tars: `scan`, then `commit`."""
-    return commit(folder, scan(folder, workers))
-
-
-def open_index(folder: Path | str) -> Index:
+def open_index(place: Path | str | Storage) -> Index:
     """Read the root and compare it with the tars that are there (names and sizes, nothing else is read).
 
     Raises DataError when there is none, when it is damaged, or when tars were added, removed or changed since.
     """
-    folder = Path(folder)
-    index = read_root(folder)
-    there = {path.name: path.stat().st_size for path in find_shards(folder)}
-    noted = {shard.name: shard.bytes for shard in index.shards}
+    index = read_root(place)
+    there = index.storage.sizes()
+    if there is None:
+        return index
+    noted = dict(zip(index.shards.all_names(), index.shards.records["bytes"].tolist()))
+    if there == noted:
+        return index
     changes = [f"{name} is gone" for name in noted if name not in there]
     changes += [f"{name} is new" for name in there if name not in noted]
     changes += [
@@ -166,76 +120,112 @@ def open_index(folder: Path | str) -> Index:
         for name in noted
         if there.get(name, noted[name]) != noted[name]
     ]
-    if changes:
-        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        raise DataError(
-            f"{folder}: the shards are not those of the index: {'; '.join(changes[:3])}{more}. If a shard is damaged, "
-            f"copy it again; if the change is meant, run `millstream data index {folder}`"
-        )
-    return index
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    raise DataError(
+        f"{index.storage.place}: the shards are not those of the index: {'; '.join(changes[:3])}{more}. If a shard is "
+        f"damaged, copy it again; if the change is meant, {_mend(index.storage)}"
+    )
 
 
-def verify(folder: Path | str) -> Iterator[Damage | ShardReport]:
-    """Read every byte of every shard and compare with the index; each Damage comes before the ShardReport of its shard.
-
-    Raises DataError only when there is no folder or no good root to compare with.
-    """
-    folder = Path(folder)
-    index = read_root(folder)
-    for number, shard in enumerate(index.shards):
-        found = 0
-        for damage in _damages(index, number):
-            found += 1
-            yield damage
-        yield ShardReport(shard.name, shard.samples, shard.bytes, found)
-    for name in sorted({path.name for path in folder.glob("*.tar")} - {shard.name for shard in index.shards}):
-        yield Damage(name, None, "new", f"{folder / name}: not in the index; run `millstream data index {folder}`")
-
-
-def _damages(index: Index, number: int) -> Iterator[Damage]:
-    shard, path = index.shards[number], index.tar_path(number)
-    if not path.exists():
-        yield Damage(shard.name, None, "missing", f"{path}: the shard is missing; copy it again")
-        return
+def read_root(place: Path | str | Storage) -> Index:
+    """The index as it was written, not compared with the tars; DataError when there is none or it is damaged."""
+    storage = Folder(place) if isinstance(place, str | Path) else place
+    mend = _mend(storage)
     try:
-        segment = index.segment(number)
-    except DataError as error:
-        yield Damage(shard.name, None, "index", str(error))
-        return
-    yield from compare(path, segment)
+        view = storage.map(ROOT)
+    except FileNotFoundError:
+        old = _has(storage, OLD_ROOT)
+        what = f"its index is of an older Millstream ({OLD_ROOT})" if old else "no index of its shards"
+        raise DataError(f"{storage.place}: {what}; {mend}") from None
+    except OSError as error:
+        raise DataError(f"{storage.place}/{ROOT}: cannot be read ({error.strerror}); {mend}") from error
+    return Index(storage, *root.read(view, f"{storage.place}/{ROOT}", mend))
 
 
-def _index_shard(path: Path) -> Shard:
-    segment, samples, size = scan_tar(path)
-    target = _segment_path(path)
-    _refuse_foreign(target, MAGIC)
-    _replace(target, segment)
-    return Shard(path.name, samples, size, digest(segment))
+def scan(folder: Path | str, mapping: Mapping = map) -> Iterator[Shard]:
+    """Read every tar of a folder once and write its segment; each Shard comes when it is done, in the order of names.
+
+    mapping: who does it, see parallel.py. Goes on where a scan stopped that did not come to its `commit`. Raises
+    DataError at the first tar that cannot be read, naming it. The root is not written, that is what `commit` does.
+    """
+    shards, folder = find_shards(folder), Path(folder)
+    with notes.writing(folder) as written:
+        work = [(folder / name, written.before.get(name)) for name in shards]
+        for note in mapping(_scan_shard, work):
+            if note != written.before.get(note.shard.name):
+                written.add(note)
+            yield note.shard
 
 
-def _segment_path(tar: Path) -> Path:
+def unfinished(folder: Path | str) -> int:
+    """Shards that a stopped scan of this folder has done."""
+    return len(notes.read(Path(folder)))
+
+
+def commit(folder: Path | str, shards: Iterable[Shard]) -> Index:
+    """Write the root over the shards that `scan` gave, and open it. DataError when they hold no sample."""
+    folder, table = Path(folder), sorted(shards)
+    if not sum(shard.samples for shard in table):
+        raise DataError(f"{folder}: its {len(table)} shards hold no samples")
+    path = folder / ROOT
+    _refuse_foreign(path, root.MAGIC)
+    _replace(path, root.write(table))
+    _sync(folder)  # the renames of all segments too
+    if _has(Folder(folder), OLD_ROOT):
+        (folder / OLD_ROOT).unlink()
+    notes.remove(folder)
+    return open_index(folder)
+
+
+def build(folder: Path | str, workers: int = 1) -> Index:
+    """Index a folder of tars: `scan`, in so many processes, then `commit`."""
+    return commit(folder, scan(folder, processes(workers)))
+
+
+def segment_path(tar: Path) -> Path:
+    """Where the segment of a tar lies."""
     return tar.with_name(f"{tar.name}.idx")
 
 
-def read_root(folder: Path | str) -> Index:
-    """The root as it was written, not compared with the tars; DataError when there is none or it is damaged."""
-    folder = Path(folder)
-    path, mend = folder / ROOT, f"run `millstream data index {folder}`"
+def _scan_shard(work: tuple[Path, Note | None]) -> Note:
+    """Scan one tar, or believe the note of an earlier scan."""
+    path, note = work
+    target = segment_path(path)
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{folder}: no index of its shards; {mend}") from None
+        before = notes.stamp(path)
+        if note is not None and note.stamp == before and _digest_of(target) == note.shard.digest:
+            return note
+        known = notes.settled(before)
+        content, samples, size = scan_tar(path)
+        unchanged = notes.stamp(path) == before
+    except OSError as error:
+        raise DataError(
+            f"{path}: the shard cannot be read ({error.strerror}); give permission, or copy it again"
+        ) from error
+    if not unchanged:
+        raise DataError(f"{path}: changed while it was read; wait until it is whole, then index again")
+    _refuse_foreign(target, segment.MAGIC)
+    _replace(target, content)
+    return Note(Shard(path.name, samples, size, segment.digest(content)), known)
+
+
+def _digest_of(path: Path) -> str | None:
     try:
-        root = json.loads(data)
-    except ValueError:
-        root = None
-    if not isinstance(root, dict) or root.get("format") != FORMAT:
-        raise DataError(f"{path}: damaged, or not Millstream's; remove it and {mend}")
-    if root.get("version") != VERSION:
-        raise DataError(f"{path}: format {root.get('version')}, this Millstream reads format {VERSION}; {mend}")
-    if hashlib.sha256(data.partition(b"\n")[2]).hexdigest() != root["identity"]:
-        raise DataError(f"{path}: damaged or edited, its table is not the one it was written with; {mend}")
-    return Index(folder, tuple(map(Shard._make, root["shards"])), root["identity"])
+        return segment.digest(map_file(path))
+    except OSError:
+        return None
+
+
+def _mend(storage: Storage) -> str:
+    return f"run `millstream data index {storage.place}`"
+
+
+def _has(storage: Storage, name: str) -> bool:
+    """Whether there is a root of ours under this name."""
+    try:
+        return storage.map(name)[: len(root.MAGIC)] == root.MAGIC
+    except OSError:
+        return False
 
 
 def _refuse_foreign(path: Path, magic: bytes) -> None:
@@ -245,8 +235,8 @@ def _refuse_foreign(path: Path, magic: bytes) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Put a whole file in its place, or leave what was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Put a whole file in its place, or leave what was there. What a kill leaves is written over the next time."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -259,8 +249,11 @@ def _replace(path: Path, content: bytes) -> None:
             f"{path}: the index cannot be written ({error.strerror}); indexes lie beside their shards, so give "
             "write permission and space there, or copy the shards"
         ) from error
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -19,7 +19,7 @@ from xxhash import xxh3_64_intdigest
 
 from pipeline.data.decode import decode
 from pipeline.data.index import Index, open_index
-from pipeline.data.segment import Field, Segment, map_file
+from pipeline.data.segment import Field, Segment
 from pipeline.errors import DataError
 
 MAX_MAPPED = 256  # shards at once; each holds two file descriptors, of which a process often has 1,024
@@ -136,10 +136,10 @@ class Dataset:
             return self._mapped[shard]
 
     def _open(self, shard: int) -> _Mapped:
-        path, size = self.index.tar_path(shard), self.index.shards[shard].bytes
-        segment = self.index.segment(shard)
+        name, _, size, _ = self.index.shards[shard]
+        path, segment = self.index.tar_path(shard), self.index.segment(shard)
         try:
-            tar = map_file(path)
+            tar = self.index.storage.map(name)
         except OSError as error:
             raise DataError(f"{path}: the shard cannot be read ({error.strerror}); copy it again") from error
         if len(tar) != size:

@@ -11,6 +11,7 @@ that).
 
 from __future__ import annotations
 
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,15 @@ from typing import NamedTuple
 from pipeline.errors import DataError
 
 BLOCK = 512  # bytes; tar counts in these
-COMPRESSED = {  # first bytes of a file -> what it is, and the command that unpacks it
-    b"\x1f\x8b": ("gzip", "gzip -d"),
-    b"BZh": ("bzip2", "bzip2 -d"),
-    b"\xfd7zXZ\x00": ("xz", "xz -d"),
-    b"\x28\xb5\x2f\xfd": ("zstandard", "zstd -d"),
-    b"\x04\x22\x4d\x18": ("lz4", "lz4 -d"),
-    b"PK\x03\x04": ("zip", "unzip, then tar -cf"),
+COMPRESSED = {  # first bytes of a file -> what it is, and the program that unpacks it to its standard output
+    b"\x1f\x8b": ("gzip", "gzip -dc"),
+    b"\x1f\x9d": ("compress", "gzip -dc"),
+    b"BZh": ("bzip2", "bzip2 -dc"),
+    b"LZIP": ("lzip", "lzip -dc"),
+    b"\xfd7zXZ\x00": ("xz", "xz -dc"),
+    b"\x28\xb5\x2f\xfd": ("zstandard", "zstd -dc"),
+    b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
+    b"PK\x03\x04": ("zip, so no tar", ""),
 }
 REFUSED = {  # type flag -> what it is, and how to make the tar without it
     b"1": ("a hard link", "tar --hard-dereference -cf"),
@@ -55,7 +58,7 @@ class _Bad(Exception):
     """What is wrong and how to mend it; `members` adds where."""
 
 
-def members(tar: memoryview, path: Path) -> Iterator[Member]:
+def members(tar: memoryview, path: Path | str) -> Iterator[Member]:
     """The files of a tar in their order; `path` is only for messages.
 
     Raises DataError, naming the tar, the place in bytes and the last good member, at a wrong checksum, a cut, a missing
@@ -63,7 +66,6 @@ def members(tar: memoryview, path: Path) -> Iterator[Member]:
     """
     place, last, extra = 0, "none", {}
     try:
-        _refuse_compressed(tar)
         while True:
             header = bytes(tar[place : place + BLOCK])
             if len(header) < BLOCK:
@@ -75,6 +77,8 @@ def members(tar: memoryview, path: Path) -> Iterator[Member]:
             describes_next = kind in EXTENDED
             size = int(extra["size"]) if "size" in extra and not describes_next else _number(header[124:136])
             begin, end = place + BLOCK, place + BLOCK + size
+            if size < 0:
+                raise _Bad(f"a member of {size} bytes, the tar is damaged from here; {AGAIN}")
             if end > len(tar):
                 raise _Bad(f"the tar is cut inside the next member, {end - len(tar)} bytes are missing; {AGAIN}")
             if describes_next:
@@ -91,15 +95,19 @@ def members(tar: memoryview, path: Path) -> Iterator[Member]:
             place = begin + (size + BLOCK - 1) // BLOCK * BLOCK
         _check_end(tar, place)
     except _Bad as bad:
-        raise DataError(f"{path}: at byte {place}, after member {last}: {bad}") from None
+        compressed = _compressed(tar, path) if not place else None  # a good tar begins with a name, which may be any
+        raise DataError(compressed or f"{path}: at byte {place}, after member {last}: {bad}") from None
 
 
-def _refuse_compressed(tar: memoryview) -> None:
-    if tar[257:262] == b"ustar":  # a tar begins with the name of a member, and that may be anything
-        return
+def _compressed(tar: memoryview, path: Path | str) -> str | None:
+    """What a file that is no tar says of itself in its first bytes, with the command that makes a tar of it."""
     for magic, (what, command) in COMPRESSED.items():
         if tar[: len(magic)] == magic:
-            raise _Bad(f"compressed ({what}); samples are read at their places, so unpack it: `{command}`")
+            name, plain = shlex.quote(str(path)), shlex.quote(f"{path}.plain")
+            unpack = f"unpack it: `{command} {name} > {plain} && mv {plain} {name}`"
+            unpack = unpack if command else "`unzip` it into a folder, and `tar -cf` that"
+            return f"{path}: compressed ({what}); samples are read at their places, so {unpack}"
+    return None
 
 
 def _check_sum(header: bytes) -> None:

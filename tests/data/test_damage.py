@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import index as indexer
-from pipeline.data.index import Damage, ShardReport, build, open_index
+from pipeline.data import damage
+from pipeline.data.damage import Damage, ShardReport
+from pipeline.data.index import build, open_index
 from pipeline.data.reader import open_dataset
 from tests.small_tars import contents, samples, write_tar
 
@@ -25,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_verify_reports_nothing_on_good_shards(folder: Path):
-    assert list(indexer.verify(folder)) == [
+    assert list(damage.verify(folder)) == [
         ShardReport(shard.name, shard.samples, shard.bytes, 0) for shard in open_index(folder).shards
     ]
 
@@ -37,7 +38,7 @@ def test_verify_names_shard_member_and_kind(folder: Path):
 
     def damaged(data: bytes) -> list[tuple[str, str | None, str]]:
         (folder / "a.tar").write_bytes(data)
-        found = list(indexer.verify(folder))
+        found = list(damage.verify(folder))
         assert [type(report) for report in found[-2:]] == [ShardReport, ShardReport]  # the others are still read
         damages = [damage for damage in found if isinstance(damage, Damage)]
         assert found[len(damages)] == ShardReport("a.tar", 30, len(tar), len(damages))
@@ -56,7 +57,7 @@ def test_verify_names_shard_member_and_kind(folder: Path):
     (folder / "a.tar").unlink()
     (folder / "b.tar.idx").write_bytes(b"")
     write_tar(folder / "new.tar", samples(1))
-    kinds = [(damage.shard, damage.kind) for damage in indexer.verify(folder) if isinstance(damage, Damage)]
+    kinds = [(found.shard, found.kind) for found in damage.verify(folder) if isinstance(found, Damage)]
     assert kinds == [("a.tar", "missing"), ("b.tar", "index"), ("new.tar", "new")]
 
 
@@ -68,7 +69,7 @@ def test_every_flipped_bit_is_found_or_harmless(folder: Path):
     for _ in range(200):
         at = draw.randrange(len(tar))
         (folder / "a.tar").write_bytes(tar[:at] + bytes([tar[at] ^ 1 << draw.randrange(8)]) + tar[at + 1 :])
-        damages = [found for found in indexer.verify(folder) if isinstance(found, Damage)]
+        damages = [found for found in damage.verify(folder) if isinstance(found, Damage)]
         if damages:
             caught += 1
             assert {damage.shard for damage in damages} == {"a.tar"}

@@ -87,7 +87,7 @@ def test_what_is_no_plain_file_is_refused_by_name(tmp_path: Path, kind: str, mes
     special(tmp_path, kind)
     with pytest.raises(DataError, match=message):
         build(tmp_path)
-    assert not (tmp_path / "index.json").exists()
+    assert not (tmp_path / "shards.idx").exists()
 
 
 def test_damaged_tars_are_not_indexed(tmp_path: Path):
