@@ -110,47 +110,75 @@ class Order:
 
     def at(self, lane: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sample numbers, int64[k] each, at positions int64[k] of lanes int64[k]."""
-        n, lanes = self.samples, self.lanes
-        epoch = (position * lanes + lane) // n
-        first = (epoch * n + lanes - 1 - lane) // lanes  # the lane's first position in this epoch
-        count = ((epoch + 1) * n + lanes - 1 - lane) // lanes - first
-        start = _before((epoch + 1) * n, lane, lanes) - _before(epoch * n, lane, lanes)
-        place = start + self._shuffled(epoch, lane, position - first, count)
-        return epoch, self._number(epoch, place)
+        samples, block = np.full_like(lane, self.samples), np.full_like(lane, self.block)
+        return places(samples, block, self.lanes, self.window_blocks, self.seed, lane, position)
 
-    def _shuffled(self, epoch: np.ndarray, lane: np.ndarray, offset: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Offsets in a lane of `count` samples after each of its windows is permuted.
 
-        The edges are 0, floor((i * L + lane + 1) * count / (W * L)) for i in 0..W-1, and count: staggered from lane to
-        lane, so that lanes do not come to new blocks all at once.
-        """
-        lanes, size = self.lanes, self.window_blocks * self.block
-        windows = np.maximum(1, (2 * count + size) // (2 * size))  # W = count / size, rounded
-        edges = windows * lanes
-        # How many edges are <= offset, without the first: edge i is, when i*L + lane + 1 < (offset + 1) * W*L / count.
-        window = (-(-(offset + 1) * edges // count) - 2 - lane) // lanes + 1
-        low = np.maximum(0, ((window - 1) * lanes + lane + 1) * count // edges)
-        high = np.minimum(count, (window * lanes + lane + 1) * count // edges)
-        return low + _permute(offset - low, high - low, _key(self.seed, WINDOWS, epoch, lane, window))
+def places(
+    samples: np.ndarray,
+    block: np.ndarray,
+    lanes: int,
+    window_blocks: int,
+    seed: int,
+    lane: np.ndarray,
+    position: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Order.at` where every row may be of another data set: int64[k] each but for the three that orders share."""
+    epoch = (position * lanes + lane) // samples
+    first = (epoch * samples + lanes - 1 - lane) // lanes  # the lane's first position in this epoch
+    count = ((epoch + 1) * samples + lanes - 1 - lane) // lanes - first
+    start = _before((epoch + 1) * samples, lane, lanes) - _before(epoch * samples, lane, lanes)
+    place = start + _shuffled(window_blocks * block, lanes, seed, epoch, lane, position - first, count)
+    return epoch, _number(samples, block, seed, epoch, place)
 
-    def _number(self, epoch: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """Sample numbers at places of the permuted epoch. Only the last block may be short; its new place is q."""
-        block, blocks = self.block, -(-self.samples // self.block)
-        short = self.samples - (blocks - 1) * block
-        distinct, back = np.unique(epoch, return_inverse=True)
-        places = [_last_block(self.seed, blocks, e) for e in distinct.tolist()]
-        key = np.array([key for key, _ in places], np.uint64)[back]
-        q = np.array([q for _, q in places], np.int64)[back]
-        after = place >= q * block + short
-        rank = np.where(after, (place - short) // block + 1, np.minimum(place // block, q))
-        start = np.where(after, (rank - 1) * block + short, rank * block)
-        return _permute(rank, np.full_like(rank, blocks), key) * block + place - start
+
+def _shuffled(
+    size: np.ndarray,
+    lanes: int,
+    seed: int,
+    epoch: np.ndarray,
+    lane: np.ndarray,
+    offset: np.ndarray,
+    count: np.ndarray,
+) -> np.ndarray:
+    """Offsets in a lane of `count` samples after each of its windows, of about `size` samples, is permuted.
+
+    The edges are 0, floor((i * L + lane + 1) * count / (W * L)) for i in 0..W-1, and count: staggered from lane to
+    lane, so that lanes do not come to new blocks all at once.
+    """
+    windows = np.maximum(1, (2 * count + size) // (2 * size))  # W = count / size, rounded
+    edges = windows * lanes
+    # How many edges are <= offset, without the first: edge i is, when i*L + lane + 1 < (offset + 1) * W*L / count.
+    window = (-(-(offset + 1) * edges // count) - 2 - lane) // lanes + 1
+    low = np.maximum(0, ((window - 1) * lanes + lane + 1) * count // edges)
+    high = np.minimum(count, (window * lanes + lane + 1) * count // edges)
+    return low + permute(offset - low, high - low, key_of(seed, WINDOWS, epoch, lane, window))
+
+
+def _number(samples: np.ndarray, block: np.ndarray, seed: int, epoch: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Sample numbers at places of the permuted epoch. Only the last block may be short; its new place is q."""
+    blocks = -(-samples // block)
+    short = samples - (blocks - 1) * block
+    key, q = _last_blocks(seed, blocks, epoch)
+    after = place >= q * block + short
+    rank = np.where(after, (place - short) // block + 1, np.minimum(place // block, q))
+    start = np.where(after, (rank - 1) * block + short, rank * block)
+    return permute(rank, blocks, key) * block + place - start
+
+
+def _last_blocks(seed: int, blocks: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`_last_block` of each row, looked up once for each pair of `blocks` and `epoch` that there is."""
+    _, one = np.unique(blocks, return_inverse=True)
+    _, other = np.unique(epoch, return_inverse=True)
+    _, rows, back = np.unique(one * len(epoch) + other, return_index=True, return_inverse=True)
+    found = [_last_block(seed, int(blocks[row]), int(epoch[row])) for row in rows]
+    return np.array([key for key, _ in found], np.uint64)[back], np.array([q for _, q in found], np.int64)[back]
 
 
 @lru_cache(maxsize=1024)  # only to save time: a micro batch needs one or two epochs, again and again
 def _last_block(seed: int, blocks: int, epoch: int) -> tuple[np.uint64, int]:
     """The key of an epoch's permutation of blocks, and the new place q of the last block."""
-    key = _key(seed, BLOCKS, np.array([epoch]))
+    key = key_of(seed, BLOCKS, np.array([epoch]))
     return key[0], int(_unpermute(np.array([blocks - 1]), np.array([blocks]), key)[0])
 
 
@@ -159,13 +187,13 @@ def _before(total: np.ndarray, lane: np.ndarray, lanes: int) -> np.ndarray:
     return lane * (total // lanes) + np.minimum(lane, total % lanes)
 
 
-def _permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
+def permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     """A keyed bijection of [0, size), elementwise: int64[k], int64[k], uint64[k] -> int64[k]."""
     return _walk(_encrypt, x, size, key)
 
 
 def _unpermute(y: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The inverse of `_permute`."""
+    """The inverse of `permute`."""
     return _walk(_decrypt, y, size, key)
 
 
@@ -216,7 +244,7 @@ def _round(x: np.ndarray, key: np.ndarray, below: np.ndarray) -> np.ndarray:
     return bits
 
 
-def _key(seed: int, purpose: int, *parts: np.ndarray) -> np.ndarray:
+def key_of(seed: int, purpose: int, *parts: np.ndarray) -> np.ndarray:
     """uint64[k] keys from the seed, what they are for, and int64[k] numbers: each is absorbed by a SplitMix64 step."""
     key = np.array([seed % 2**64], np.uint64)
     for part in (np.array([purpose]), *parts):
