@@ -65,23 +65,18 @@ def loading(world: World, line: Connection, path: Path) -> dict[str, Any]:
     """Whether the loader's batches are pinned, samples per second of its thread, GB/s of copies to the device."""
     from pipeline import config as configs
     from pipeline import tasks
-    from pipeline.data.loader import Loader
-    from pipeline.data.order import Order
-    from pipeline.data.reader import open_dataset
+    from pipeline.data.stream import Stream
 
     config = configs.load(path)
     task = tasks.find(config.task.name).Task(config.task)
-    dataset = open_dataset(config.data.train)
-    order = Order(samples=len(dataset), block=16, lanes=config.micro_batches, shuffle_blocks=16, seed=0)
-    sizes = {"global_batch_size": config.global_batch_size, "micro_batch_size": config.micro_batch_size}
-    place = {"rank": world.rank, "world_size": world.world_size}
-    with Loader(dataset, order, task.prepare, augments=task.augments, seed=0, **sizes, **place) as loader:
+    data = Stream(config)
+    with data.loader(task, world.rank, world.world_size, 0) as loader:
         pinned = [tensor.is_pinned() for micro in loader.step(0) for tensor in micro.batch.values()]
         began = time.perf_counter()
         for step in range(1, 9):
             loader.step(step)
         seconds = time.perf_counter() - began
-    dataset.close()
+    data.close()
     rates = {"pinned_rate": copy_rate(world.device, True), "pageable_rate": copy_rate(world.device, False)}
     return {"pinned": all(pinned), "samples_per_second": 8 * config.global_batch_size / seconds, **rates}
 

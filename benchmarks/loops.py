@@ -161,11 +161,9 @@ def prepared(world: World, plan: argparse.Namespace, path: Path) -> tuple[Config
     """What both peers start from: configuration, network, DeepSpeed's settings, global batches on the device."""
     from pipeline import config as configs
     from pipeline import tasks
-    from pipeline.data.loader import Loader
-    from pipeline.data.reader import open_dataset
+    from pipeline.data.stream import Stream
     from pipeline.engine import deepspeed_config
     from pipeline.randomness import Randomness
-    from pipeline.train import order_of
 
     config = configs.load(path)
     task: tasks.Task = tasks.find(config.task.name).Task(config.task)
@@ -174,13 +172,9 @@ def prepared(world: World, plan: argparse.Namespace, path: Path) -> tuple[Config
     settings = deepspeed_config(config, world.world_size)
     settings["gradient_clipping"] = config.optim.clip or 0.0
     settings["zero_optimization"]["reduce_bucket_size"] = sum(p.numel() for p in model.parameters())
-    dataset = open_dataset(config.data.train)
-    how: dict[str, Any] = {"augments": task.augments, "seed": config.seed, "threads": 1}
-    how |= {"global_batch_size": config.global_batch_size, "micro_batch_size": config.micro_batch_size}
-    how |= {"rank": world.rank, "world_size": world.world_size}
-    with Loader(dataset, order_of(config, dataset), task.prepare, **how) as loader:
-        steps = [loader.step(k) for k in range(READY_STEPS)]
-    ready = [[on_device(micro.batch, world.device, plan.layout) for micro in step] for step in steps]
+    with Stream(config).loader(task, world.rank, world.world_size, 0) as loader:
+        steps = (loader.step(k) for k in range(READY_STEPS))  # each is good until the next one
+        ready = [[on_device(micro.batch, world.device, plan.layout) for micro in step] for step in steps]
     return config, model, settings, ready
 
 
@@ -189,11 +183,11 @@ def on_device(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The network's inputs and its targets. Images are normalised already."""
     if "tokens" in batch:
-        return {"input_ids": batch["tokens"].to(device)}, batch["labels"].to(device)
+        return {"input_ids": batch["tokens"].to(device, copy=True)}, batch["labels"].to(device, copy=True)
     pixels = (batch["image"].to(device).float() / 255 - 0.5) / 0.5
     pixels = pixels.permute(0, 3, 1, 2)  # [m, C, H, W] in name, [m, H, W, C] in memory
     pixels = pixels.contiguous() if layout == "contiguous" else pixels
-    return {"pixel_values": pixels}, batch["label"].to(device)
+    return {"pixel_values": pixels}, batch["label"].to(device, copy=True)
 
 
 CONTENDERS = {"millstream": millstream, "bare": bare, "trainer": trainer}

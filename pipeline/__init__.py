@@ -37,10 +37,11 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     return config.load(path, overrides)
 
 
-def train(config: Config, *, fresh: bool = False, address: str | None = None) -> Run:
+def train(config: Config, *, fresh: bool = False, address: str | None = None, new_order: bool = False) -> Run:
     """Trains `config` to its last step, or goes on where an earlier call or command with its name stopped.
 
-    `fresh` starts anew in a new run folder; `address` is that of a running Ray cluster. Ctrl-C saves and returns a run
+    `fresh` starts anew in a new run folder; `new_order` goes on though data, weights, seed or batch sizes are others
+    now; `address` is that of a running Ray cluster. Ctrl-C saves and returns a run
     that is not `.finished`. Raises `MillstreamError` for what a person can mend, `RunError` when the run was given up.
     """
     from pipeline.cluster import driver
@@ -48,7 +49,7 @@ def train(config: Config, *, fresh: bool = False, address: str | None = None) ->
     from pipeline.errors import RunError
     from pipeline.run import Run
 
-    code = driver.run(config, fresh=fresh, address=address)
+    code = driver.run(config, fresh=fresh, address=address, new_order=new_order)
     run = Run(driver.run_folder(resolve(config), fresh=False))
     if code not in (driver.DONE, driver.AGAIN):
         raise RunError(f"run {config.name} was given up; what happened is in {run.folder / 'journal.jsonl'}")

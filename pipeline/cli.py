@@ -70,6 +70,9 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Keys set for this time.", autocompletion=_keys),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew in a new run folder; deletes nothing.")] = False,
+    new_order: Annotated[
+        bool, typer.Option("--new-order", help="Go on though data, weights, seed or batch sizes are others now.")
+    ] = False,
     address: Annotated[
         str | None, typer.Option(envvar="RAY_ADDRESS", help="Running Ray cluster; without it one is started here.")
     ] = None,
@@ -83,7 +86,7 @@ def train(
     checked = load(config, overrides or ())
     from pipeline.cluster import driver
 
-    raise typer.Exit(driver.run(checked, fresh=fresh, address=address))
+    raise typer.Exit(driver.run(checked, fresh=fresh, address=address, new_order=new_order))
 
 
 @app.command(epilog="Example: millstream evaluate runs/digits --checkpoint 400")

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -51,17 +52,39 @@ class Strict(BaseModel):
         return str(value).lower() if isinstance(value, bool) and kinds <= {int, float, type(None)} else value
 
 
+class Source(Strict):
+    """One of the data sets that are trained on together."""
+
+    folder: Folder = Field(description="folder of indexed tar shards")
+    weight: float = Field(default=1.0, gt=0, description="its part of the samples, relative to the other weights")
+
+
+def _sources(value: object) -> object:
+    """`train: FOLDER` is short for one source."""
+    named = {"train": value} if isinstance(value, str | Path) else value
+    if isinstance(named, Mapping) and named:
+        return {name: {"folder": item} if isinstance(item, str | Path) else item for name, item in named.items()}
+    raise ValueError("should be a folder of shards, or several by name, such as {prose: data/prose, code: data/code}")
+
+
+Sources = Annotated[dict[Name, Source], BeforeValidator(_sources)]
+
+
 class Data(Strict):
     """Where samples come from, how they are mixed, and how far ahead they are read."""
 
-    train: Folder = Field(description="folder of indexed tar shards to train on")
+    train: Sources = Field(description="folder of indexed tar shards to train on; or several by name, to be mixed")
     evaluate: dict[Name, Folder] = Field(default={}, description="name -> folder of indexed tar shards to evaluate on")
     lanes: Count | None = Field(default=None, description="reading positions; null: one per micro batch of a step")
     shuffle_blocks: Count = Field(default=64, description="blocks that are shuffled together, over all lanes")
     block_bytes: Count = Field(default=1 << 20, description="bytes that are read in one piece, on average")
     threads: Count = Field(default=1, description="decoder threads per worker")
+    processes: int = Field(default=0, ge=0, description="decoder processes per worker, instead of threads; 0: threads")
     prefetch: Count = Field(default=4, description="micro batches decoded ahead of need, per worker")
     check_digests: bool = Field(default=True, description="compare every sample read with the digest in the index")
+    bad_samples: Literal["fail", "substitute"] = Field(default="fail", description="substitute: the next good one")
+    max_bad_samples: Count = Field(default=100, description="more substituted samples than these end the run")
+    decoders: dict[str, str] = Field(default={}, description="extension -> import path of its decoder, module:function")
 
 
 class Schedule(Strict):
@@ -129,9 +152,7 @@ class Evaluate(Strict):
 class Track(Strict):
     """Weights & Biases, besides the run's own journal; it can neither stop nor slow a run."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field(
-        default="auto", description="auto: online if a key is there"
-    )
+    wandb: Literal["auto", "online", "offline", "off"] = Field(default="auto", description="auto: online, given a key")
     project: str = Field(default="millstream", min_length=1, description="W&B project")
     entity: str | None = Field(default=None, description="W&B user or team")
     group: str | None = Field(default=None, description="W&B group of runs")
@@ -188,8 +209,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Config:
-        problems = rules.numbers(rules.Known(self.model_dump()))
-        if problems:
+        if problems := rules.numbers(rules.Known(self.model_dump())):
             raise InvalidConfig(f"run {self.name}", problems)
         return self
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config
+from pipeline.data.decode import load_decoders
+from pipeline.data.fill import Fill
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.reader import open_dataset
 from pipeline.engine import Engine
@@ -34,11 +36,12 @@ def _score(folder: Path, config: Config, task: Task, engine: Engine, world: Worl
     """This rank's share of one set, as sums over its samples."""
     engine.model.eval()
     total: Sums = {}
-    dataset = open_dataset(folder, check_digests=config.data.check_digests)
+    data = config.data
+    dataset = open_dataset(folder, data.check_digests, load_decoders(data.decoders))
     try:
-        batches = evaluation_batches(
-            dataset, task.prepare, config.micro_batch_size, world.rank, world.world_size, config.data.threads
-        )
+        fill = Fill([dataset], task.prepare, getattr(task, "gather", None))
+        size = config.micro_batch_size
+        batches = evaluation_batches(fill, size, world.rank, world.world_size, data.threads, data.processes)
         with torch.no_grad():
             for micro in batches:
                 sums = task.score(engine.model, on_device(micro.batch, world.device))

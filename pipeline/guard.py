@@ -1,9 +1,12 @@
-"""What to do when a step's gradient is not finite.
+"""What to do when a step's gradient is not finite, or its samples are bad.
 
 The engine has already refused such a step: weights and optimizer are as before, on every rank and at every ZeRO
 stage. Here it is decided whether the run goes on: by policy `skip`, up to so many in a row; by policy `stop`, never.
 The samples are named, so that a bad one can be found. With fp16 an overflow is how the loss scale finds its level: it
 is counted apart and ends no run by itself.
+
+A bad sample has been replaced by the rank that met it, if the policy is to substitute; here all ranks learn of it, so
+that the decision holds everywhere and is replayed after a restart, and the run ends when there are too many.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipeline.config import Guard
-from pipeline.data.loader import MicroBatch
+from pipeline.config import Data, Guard
+from pipeline.data.fill import MicroBatch, Substitutes, Substitution
 from pipeline.engine import StepResult
-from pipeline.errors import RunError
+from pipeline.errors import DataError, RunError
 from pipeline.session import Session
 
 
@@ -53,3 +56,26 @@ class NonFinite:
     def empty(self, session: Session, step: int) -> None:
         """Record a step whose whole batch has no term in the loss: nothing was computed."""
         session.record("skip", step=step, rank=session.world.rank, reason="no term of the batch counts in the loss")
+
+
+def share_substitutes(
+    session: Session, step: int, batches: list[MicroBatch], substitutes: Substitutes, policy: Data
+) -> None:
+    """Tell all ranks what any of them has decided on bad samples of this step, and record it.
+
+    Raises DataError, on all ranks, when more have been replaced than the policy allows.
+    """
+    names = [*policy.train]
+    mine = [found for micro in batches if not micro.filler for found in micro.found]
+    everyone = {found: None for rank in session.world.gather_objects(mine) for found in map(Substitution._make, rank)}
+    for found in everyone:
+        substitutes.setdefault((found.source, found.number), found.substitute)
+        if session.world.rank == 0:
+            facts = found._asdict() | {"source": names[found.source]}
+            session.record("substitute", step=step, **facts)
+    if len(substitutes) > policy.max_bad_samples:
+        raise DataError(
+            f"step {step}: {len(substitutes)} bad samples, data.max_bad_samples is {policy.max_bad_samples}. They are "
+            "in the journal (kind: substitute); bring good copies of their shards back, or raise the limit. The last: "
+            + next(reversed(everyone)).reason
+        )

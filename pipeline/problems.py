@@ -97,7 +97,7 @@ def readable(
             if not info.is_required():
                 default = info.get_default(call_default_factory=True)
                 read[name] = default.model_dump() if isinstance(default, BaseModel) else default
-        elif section and isinstance(values[name], Mapping):
+        elif section and section is info.annotation and isinstance(values[name], Mapping):
             read[name] = readable(section, values[name], wrong, place + ".")
         elif not any(place in upwards(problem.place) for problem in wrong):
             with suppress(ValidationError):  # a task's own validator may know better than the plain type

@@ -43,7 +43,7 @@ def numbers(known: Known) -> list[Problem]:
 
 def folders(known: Known) -> list[Problem]:
     """Problems on disk: data folders missing or not indexed, files that the task names missing."""
-    return _apply([_train_folder, _evaluation_folders, _task_paths], known)
+    return _apply([_train_folders, _evaluation_folders, _task_paths], known)
 
 
 def _apply(rules: Iterable[Rule], known: Known) -> list[Problem]:
@@ -153,8 +153,13 @@ def _evaluation(known: Known) -> list[Problem]:
     return problems
 
 
-def _train_folder(known: Known) -> list[Problem]:
-    return _folder("data.train", known["data.train"])
+def _train_folders(known: Known) -> list[Problem]:
+    sources = known["data.train"]
+    return [
+        problem
+        for name, source in sources.items()
+        for problem in _folder("data.train" if [*sources] == ["train"] else f"data.train.{name}", source.folder)
+    ]
 
 
 def _evaluation_folders(known: Known) -> list[Problem]:

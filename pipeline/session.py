@@ -93,8 +93,9 @@ class World:
 class Session:
     """One worker in one attempt: where the run lies, its phase, what it has to say, whether it should stop."""
 
-    def __init__(self, world: World, run: Path, attempt: int, send: Send) -> None:
+    def __init__(self, world: World, run: Path, attempt: int, send: Send, new_order: bool = False) -> None:
         self.world, self.run, self.attempt = world, run, attempt
+        self.new_order = new_order  # somebody wants the run to go on with other data, or in another order
         self._send, self._stop = send, threading.Event()
         self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._where: dict[str, Any] = {"phase": "start", "step": 0}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import xxhash
@@ -24,17 +23,16 @@ from pipeline.batch_norm import RunningStatistics
 from pipeline.checkpoint import Restored
 from pipeline.checkpoint import format as checkpoints
 from pipeline.config import Config
-from pipeline.data.loader import Loader, MicroBatch
-from pipeline.data.order import Order, block_samples
-from pipeline.data.reader import Dataset, open_dataset
+from pipeline.data.fill import MicroBatch
+from pipeline.data.stream import Stream
 from pipeline.engine import Engine
 from pipeline.errors import CheckpointError
 from pipeline.evaluate import add, evaluate, means, on_device
-from pipeline.guard import NonFinite
+from pipeline.guard import NonFinite, share_substitutes
 from pipeline.optim import learning_rate
 from pipeline.randomness import Randomness
 from pipeline.run import newest_attempt
-from pipeline.session import Session, World
+from pipeline.session import Session
 
 
 def train(config: Config, session: Session) -> str:
@@ -46,15 +44,13 @@ def train(config: Config, session: Session) -> str:
     world = session.world
     setup(config)
     randomness = Randomness(config.seed)
-    dataset = open_dataset(config.data.train, config.data.check_digests)
-    order = order_of(config, dataset)
+    data = Stream(config)
     learner = build(config, session, randomness)
     task, engine = learner.task, learner.engine
-    data = data_state(config, dataset, order)
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
     guard = NonFinite(config.guard)
-    loader = loader_of(config, task, dataset, order, world, first)
+    loader = data.loader(task, world.rank, world.world_size, first)
 
     # ------------------------------------------------------------ loop
     step, outcome, saved = first, "done", first if restored else None
@@ -63,7 +59,10 @@ def train(config: Config, session: Session) -> str:
         session.phase("data", step)
         batches = loader.step(step)  # A micro batches; which rows they hold does not depend on the world size
         terms = sum(task.weight(micro.batch) for micro in batches if not micro.filler)
-        terms, stop = world.gather([terms, session.stop_requested]).sum(axis=0)
+        bad = sum(len(micro.found) for micro in batches)
+        terms, stop, bad = world.gather([terms, session.stop_requested, bad]).sum(axis=0)
+        if bad:
+            share_substitutes(session, step, batches, data.substitutes, config.data)
         if stop:
             outcome = "stopped"
             break
@@ -118,7 +117,7 @@ def train(config: Config, session: Session) -> str:
         session.record("end", reason=outcome, step=step)
     session.flush()
     engine.close()
-    dataset.close()
+    data.close()
     return outcome
 
 
@@ -155,26 +154,30 @@ def build(config: Config, session: Session, randomness: Randomness) -> Learner:
 
 
 def restore(
-    config: Config, session: Session, learner: Learner, data: dict[str, Any], step: int | None = None
+    config: Config, session: Session, learner: Learner, data: Stream | None, step: int | None = None
 ) -> Restored | None:
-    """Go on from the newest good checkpoint (or that of `step`), or start when the run has none; say which."""
+    """Go on from the newest good checkpoint (or that of `step`), or start when the run has none; say which.
+
+    Without `data`, whatever the checkpoint was trained on will do.
+    """
     session.phase("restore", 0)
     restored = checkpoint.restore(
         learner.engine,
         session.world,
         session.run / "checkpoints",
         config=config,
-        data=data,
+        resume=lambda at, saved: data.resume(at, saved, session.new_order) if data else [],
         buffers=learner.running.values,
         step=step,
     )
     if session.world.rank == 0:
         kind, at, notes = ("restore", restored.step, restored.notes) if restored else ("start", 0, [])
-        session.record(kind, step=at, notes=notes, workers=session.world.world_size, parameters=learner.parameters)
+        facts = {"workers": session.world.world_size, "parameters": learner.parameters}
+        session.record(kind, step=at, notes=notes, data=str(data), **facts)
     return restored
 
 
-def save(config: Config, session: Session, learner: Learner, data: dict[str, Any], step: int) -> int:
+def save(config: Config, session: Session, learner: Learner, data: Stream, step: int) -> int:
     """Commit a checkpoint of the state after `step` steps, the journal being durable up to here. Returns `step`."""
     session.phase("save", step)
     session.flush()
@@ -187,7 +190,7 @@ def save(config: Config, session: Session, learner: Learner, data: dict[str, Any
         step=step,
         attempt=session.attempt,
         config=config,
-        data=data,
+        data=data.state,
         buffers=learner.running.values,
         metrics=learner.scores if learner.scored_step == step else {},
         newest_attempt=newest_attempt(session.run),
@@ -217,9 +220,8 @@ def evaluate_checkpoint(config: Config, session: Session, step: int | None) -> t
     Raises CheckpointError when the run has no checkpoint.
     """
     setup(config)
-    dataset = open_dataset(config.data.train, config.data.check_digests)
     learner = build(config, session, Randomness(config.seed))
-    restored = restore(config, session, learner, data_state(config, dataset, order_of(config, dataset)), step)
+    restored = restore(config, session, learner, None, step)
     if restored is None:
         steps = [listed.step for listed in checkpoints.list_checkpoints(session.run / "checkpoints")]
         raise CheckpointError(
@@ -231,40 +233,6 @@ def evaluate_checkpoint(config: Config, session: Session, step: int | None) -> t
     return restored.step, evaluate(config, learner.task, learner.engine, session.world)
 
 
-def data_state(config: Config, dataset: Dataset, order: Order) -> dict[str, Any]:
-    """Which samples in which order: what a checkpoint keeps of the data, and a restore must present again."""
-    return {"identity": dataset.identity, "order": order.fingerprint, "micro_batch_size": config.micro_batch_size}
-
-
-def order_of(config: Config, dataset: Dataset) -> Order:
-    """The order of the run's samples: a pure function of the data set's shape, the seed and the step."""
-    return Order(
-        samples=len(dataset),
-        block=block_samples(len(dataset), dataset.index.bytes, config.data.block_bytes),
-        lanes=config.data.lanes or config.micro_batches,
-        shuffle_blocks=config.data.shuffle_blocks,
-        seed=config.seed,
-    )
-
-
-def loader_of(config: Config, task: tasks.Task, dataset: Dataset, order: Order, world: World, first: int) -> Loader:
-    """This rank's micro batches from step `first` on."""
-    return Loader(
-        dataset,
-        order,
-        task.prepare,
-        augments=task.augments,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-        start_step=first,
-    )
-
-
 def due(step: int, every: int | None, last: int) -> bool:
     """Whether something that happens every so many steps, and after the last one, happens after this one."""
     return step == last or (every is not None and step % every == 0)
@@ -273,5 +241,7 @@ def due(step: int, every: int | None, last: int) -> bool:
 def rows_digest(batches: list[MicroBatch]) -> int:
     """Which samples stood in which rows, as a number below 2^40; its sum over ranks is that of any world size."""
     counted = [micro for micro in batches if not micro.filler]
-    rows = (xxhash.xxh3_64_intdigest(m.epochs.tobytes() + m.numbers.tobytes(), seed=m.index) for m in counted)
+    places = ((m, m.epochs.tobytes() + m.numbers.tobytes()) for m in counted)
+    # The first source counts as no source, so that the digests of a run with one data set are those of any version.
+    rows = (xxhash.xxh3_64_intdigest(p + m.sources.tobytes() * bool(m.sources.any()), seed=m.index) for m, p in places)
     return sum(row >> 24 for row in rows)

@@ -88,5 +88,5 @@ def config(path: Path, task: dict[str, Any], train: Path, **changes: Any) -> Pat
         "track": {"wandb": "off"},
         "cluster": {"workers": 2, "restarts": 8},
     }
-    path.write_text(yaml.safe_dump(values | changes))
+    path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
     return path

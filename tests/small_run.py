@@ -7,6 +7,7 @@ follows train.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import checkpoint as checkpoints
 from pipeline.config import Config, Group, Optim, Precision, Schedule, Zero
+from pipeline.errors import DataError
 from pipeline.optim import learning_rate
 from pipeline.session import World
 
@@ -178,9 +180,16 @@ def save(world: World, settings: Config, engine: Engine, folder: Path, step: int
     return checkpoints.save(engine, world, folder, buffers=buffers(True), **facts)
 
 
+def same_data(step: int, saved: Mapping[str, Any]) -> list[str]:
+    """What is asked about a checkpoint's data before anything of it is read."""
+    if saved != DATA:
+        raise DataError(f"was trained on {saved}")
+    return []
+
+
 def load(world: World, settings: Config, engine: Engine, folder: Path) -> checkpoints.Restored | None:
     """Restore, and see that the buffers came back."""
     found = buffers(False)
-    restored = checkpoints.restore(engine, world, folder, config=settings, data=DATA, buffers=found)
+    restored = checkpoints.restore(engine, world, folder, config=settings, resume=same_data, buffers=found)
     assert restored is None or same(found, buffers(True))
     return restored

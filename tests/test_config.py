@@ -129,7 +129,7 @@ def test_dump_comes_back_equal_and_resolve_makes_paths_absolute() -> None:
     )
     assert load(written(dump(config))) == config
     absolute = resolve(config)
-    assert absolute.data.train == Path.cwd() / "data/train" and absolute.runs == Path.cwd() / "runs"
+    assert absolute.data.train["train"].folder == Path.cwd() / "data/train" and absolute.runs == Path.cwd() / "runs"
     assert absolute.data.evaluate == {"test": Path.cwd() / "data/test"}
     assert absolute.task.model_dump()["vocabulary"] == Path.cwd() / "good.yaml"
     assert load(written(dump(absolute))) == absolute == resolve(absolute)

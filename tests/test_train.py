@@ -15,11 +15,10 @@ import torch
 
 from pipeline import config as configs
 from pipeline import tasks
-from pipeline.data.reader import open_dataset
+from pipeline.data.stream import Stream
 from pipeline.optim import learning_rate
 from pipeline.randomness import DrawOutsideScope, Randomness
 from pipeline.session import World
-from pipeline.train import loader_of, order_of
 from tests import gloo, small_data
 from tests.small_session import of_kind, records_of
 
@@ -119,10 +118,9 @@ def test_loss_is_that_of_the_whole_batch(
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
-    dataset = open_dataset(config.data.train)
+    data = Stream(config)
     recorded = [r["metrics"] for r in of_kind(by_workers[2][case], "step")]
-    loader = loader_of(config, task, dataset, order_of(config, dataset), World.join(), 0)
-    with loader:
+    with data.loader(task, 0, 1, 0) as loader:
         for step in range(6):
             batches = loader.step(step)
             terms = sum(task.weight(micro.batch) for micro in batches)
@@ -139,7 +137,7 @@ def test_loss_is_that_of_the_whole_batch(
             optimizer.zero_grad()
             assert recorded[step]["train/loss"] == pytest.approx(total / terms, rel=2e-6)
             assert recorded[step]["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
-    dataset.close()
+    data.close()
 
 
 def test_training_learns(by_workers: dict[int, dict[str, list[dict[str, Any]]]]) -> None:

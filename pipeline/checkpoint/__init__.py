@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.checkpoint import format
 from pipeline.checkpoint.format import FileDigest, FragmentPlace, Manifest
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def save(
 ) -> Path:
     """Commit a checkpoint of the state after `step` steps; returns its folder, on all ranks.
 
-    `data` says which samples in which order (identity, fingerprint); a restore must present the same. `newest_attempt`
+    `data` says which samples in which order; it is handed to `resume` at a restore. `newest_attempt`
     is the newest attempt known to own the run (default: this one); an older one is not committed. Raises
     CheckpointError with nothing changed but this checkpoint's absence.
     """
@@ -94,14 +94,15 @@ def restore(
     folder: Path,
     *,
     config: Config,
-    data: Mapping[str, Any],
+    resume: Callable[[int, Mapping[str, Any]], list[str]],
     buffers: Mapping[str, Tensor],
     step: int | None = None,
 ) -> Restored | None:
     """Bring engine and `buffers` to the newest good checkpoint (or that of `step`); None when the folder holds none.
 
-    Any number of ranks, any ZeRO stage, any precision. Raises CheckpointError when there are only damaged ones, or
-    when model, optimizer or `data` are not those of the checkpoint.
+    Any number of ranks, any ZeRO stage, any precision. `resume` is given the step and what the checkpoint keeps of the
+    data; it raises DataError when those of now do not follow from them, or returns notes. Raises CheckpointError when
+    there are only damaged ones, when model or optimizer are not those of the checkpoint, and for what `resume` raised.
     """
     from pipeline.checkpoint import shards
 
@@ -109,9 +110,12 @@ def restore(
     if found is None:
         return None
     manifest = found.manifest
-    _check_same_data(found.path, manifest.data, data)
+    try:
+        followed = resume(found.step, manifest.data)
+    except DataError as error:
+        raise CheckpointError(f"{found.path} {error}") from error
     shards.restore(engine, buffers, manifest, found.path)
-    notes = [f"damaged, passed over: {damage}" for damage in found.bad]
+    notes = [*followed, *(f"damaged, passed over: {damage}" for damage in found.bad)]
     notes += [f"not bitwise: {line}" for line in _differences(manifest, engine, config)]
     return Restored(found.step, manifest, notes)
 
@@ -156,16 +160,6 @@ def _on_rank_0(world: World, action: Callable[[], Result]) -> Result:
     if failure is not None:
         raise CheckpointError(failure)
     return result
-
-
-def _check_same_data(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = _leaves(saved), _leaves(now)
-    differences = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
-    if differences:
-        raise CheckpointError(
-            f"{path} was trained on other data, or in another order: {'; '.join(differences)}. "
-            "Put data, seed and batch sizes back, or start a new run (--fresh)."
-        )
 
 
 def _differences(manifest: Manifest, engine: Engine, config: Config) -> list[str]:

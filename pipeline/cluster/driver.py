@@ -49,25 +49,26 @@ class Attempt(Protocol):
 class Solo:
     """An attempt in this very process, for debugging: no Ray, one rank; breakpoints work."""
 
-    def __init__(self, config: Config, folder: Path, number: int) -> None:
-        self.config, self.folder, self.number = config, folder, number
+    def __init__(self, config: Config, folder: Path, number: int, new_order: bool) -> None:
+        self.config, self.folder, self.number, self.new_order = config, folder, number, new_order
         self.board = Board(folder / "journal.jsonl", number)
         self.record, self.close = self.board.record, self.board.close
         self.request_stop, self.heartbeats = self.board.request_stop, self.board.heartbeats
 
     def run(self) -> BaseException | None:
         try:
-            worker.run(self.config, self.folder, self.number, self.board.deliver)
+            worker.run(self.config, self.folder, self.number, self.board.deliver, self.new_order)
         except Exception as error:
             return error
         return None
 
 
-def run(config: Config, *, fresh: bool = False, address: str | None = None) -> int:
+def run(config: Config, *, fresh: bool = False, address: str | None = None, new_order: bool = False) -> int:
     """Train until done, stopped or given up; returns the exit code (0, 75, 78 or 1).
 
     The same configuration again goes on where its run stopped; `fresh` starts anew in a folder beside it and deletes
-    nothing. Raises ConfigError or RunError for what is found before the first attempt.
+    nothing; `new_order` lets it go on with other data, or in another order of samples, which is refused otherwise.
+    Raises ConfigError or RunError for what is found before the first attempt.
     """
     config = configs.resolve(config)
     folder = run_folder(config, fresh)
@@ -82,19 +83,25 @@ def run(config: Config, *, fresh: bool = False, address: str | None = None) -> i
         expect_checkpoint(folder)
         with stop_signals(console) as stop:
             if alone:
-                return attempts(config, folder, console, stop, lambda number: Solo(config, folder, number))
+                return attempts(config, folder, console, stop, lambda number: Solo(config, folder, number, new_order))
             where = address or config.cluster.address or os.environ.get("RAY_ADDRESS")
-            return under_ray(config, folder, console, stop, where)
+            return under_ray(config, folder, console, stop, where, new_order)
 
 
-def under_ray(config: Config, folder: Path, console: Console, stop: threading.Event, address: str | None) -> int:
+def under_ray(
+    config: Config, folder: Path, console: Console, stop: threading.Event, address: str | None, new_order: bool
+) -> int:
     """Attempts on a Ray cluster. Raises RunError when it cannot be reached or can never hold the workers."""
     from pipeline.cluster import ray
 
     console.say(f"connecting to Ray at {address}" if address else "starting Ray on this machine", style="dim")
     with ray.cluster(config, address) as resources, stop_signals(console, stop):  # Ray took SIGTERM for itself
         use_gpu = ray.require(config, resources)
-        return attempts(config, folder, console, stop, lambda number: ray.Attempt(config, folder, number, use_gpu))
+
+        def attempt(number: int) -> ray.Attempt:
+            return ray.Attempt(config, folder, number, use_gpu, new_order)
+
+        return attempts(config, folder, console, stop, attempt)
 
 
 def attempts(

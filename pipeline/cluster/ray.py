@@ -86,12 +86,13 @@ def require(config: Config, resources: Mapping[str, float]) -> bool:
 class Attempt:
     """One fit of fixed world size. `run` blocks until it has ended; `request_stop` may come from another thread."""
 
-    def __init__(self, config: Config, folder: Path, number: int, use_gpu: bool) -> None:
+    def __init__(self, config: Config, folder: Path, number: int, use_gpu: bool, new_order: bool) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.config, self.folder, self.number, self.use_gpu = config, folder, number, use_gpu
+        self.config, self.folder, self.number = config, folder, number
+        self.use_gpu, self.new_order = use_gpu, new_order
         actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here)
         self.board: Any = actor.remote(folder / "journal.jsonl", number)
 
@@ -125,6 +126,7 @@ class Attempt:
                     "folder": str(self.folder),
                     "attempt": self.number,
                     "board": self.board,
+                    "new_order": self.new_order,
                 },
                 scaling_config=ScalingConfig(
                     num_workers=self.config.cluster.workers, use_gpu=self.use_gpu, resources_per_worker=resources
@@ -165,6 +167,7 @@ def _worker(work: dict[str, Any]) -> None:
         folder,
         attempt,
         lambda rank, records, where: ray.get(board.deliver.remote(rank, records, where)),
+        work["new_order"],
     )
 
 

@@ -11,13 +11,13 @@ from pipeline.config import Config
 Send = Callable[[int, list[dict[str, Any]], dict[str, Any]], bool]
 
 
-def run(config: Config, folder: Path, attempt: int, send: Send) -> str:
+def run(config: Config, folder: Path, attempt: int, send: Send, new_order: bool = False) -> str:
     """Train in this process. Returns train's outcome; a failure is in the journal before it is raised."""
     from pipeline.session import Session, World
     from pipeline.train import train
 
     world = World.join(config.guard.collective_timeout_seconds)
-    session = Session(world, folder, attempt, send)
+    session = Session(world, folder, attempt, send, new_order)
     try:
         return train(config, session)
     except BaseException as error:

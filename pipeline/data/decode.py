@@ -169,7 +169,19 @@ def _check_pixels(height: int, width: int) -> None:
 
 
 def _npy(data: bytes | memoryview) -> np.ndarray:
-    """An array as numpy.save writes it (numpy.lib.format, versions 1 to 3), without a copy."""
+    """An array as numpy.save writes it, without a copy."""
+    dtype, shape, order, begin = npy_header(data)
+    expected = dtype.itemsize * math.prod(shape)
+    if len(data) - begin != expected:
+        raise DataError(f"an array of {dtype} {shape} needs {expected} bytes, {len(data) - begin} are there")
+    return np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape, order=order)
+
+
+def npy_header(data: bytes | memoryview) -> tuple[np.dtype, tuple[int, ...], Any, int]:
+    """Type, shape, order ("C" or "F") of an npy file, and where in it the numbers begin, in bytes.
+
+    numpy.lib.format, versions 1 to 3. Raises DataError when it is none, or one of Python objects.
+    """
     if data[:6] != b"\x93NUMPY" or data[6:7] not in (b"\1", b"\2", b"\3"):
         raise DataError("not an npy file: its first bytes are wrong")
     size, start = ("<H", 10) if data[6] == 1 else ("<I", 12)
@@ -177,11 +189,7 @@ def _npy(data: bytes | memoryview) -> np.ndarray:
     begin = start + length
     if length > MAX_HEADER_BYTES:
         raise DataError(f"an npy header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
-    dtype, shape, order = _npy_header(bytes(data[start:begin]))
-    expected = dtype.itemsize * math.prod(shape)
-    if len(data) - begin != expected:
-        raise DataError(f"an array of {dtype} {shape} needs {expected} bytes, {len(data) - begin} are there")
-    return np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape, order=order)
+    return *_npy_header(bytes(data[start:begin])), begin
 
 
 @lru_cache(maxsize=256)  # all rows of a data set have the same header

@@ -2,8 +2,8 @@
 
 number -> shard and row (index.py) -> places of the fields (segment.py) -> bytes, digest compared -> value (decode.py).
 Every field's digest is compared with the index when a sample's bytes are first touched, so bytes that changed after
-indexing never reach a task. Threads share one Dataset; a shard is mapped when it is first needed, and a bounded number
-of them stay mapped.
+indexing never reach a task. samples.py reads a whole micro batch at once. Threads share one Dataset; a shard is mapped
+when it is first needed, and a bounded number of them stay mapped.
 
 What it gives up: mapped files cannot report an error of the disk or a file cut while it is read; the system ends the
 process (SIGBUS). The next start compares sizes and names the shard.
@@ -12,6 +12,8 @@ process (SIGBUS). The next start compares sizes and names the shard.
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +25,18 @@ from pipeline.data.segment import Field, Segment
 from pipeline.errors import DataError
 
 MAX_MAPPED = 256  # shards at once; each holds two file descriptors, of which a process often has 1,024
+RETRY_SECONDS = (0.1, 0.5, 2.0)  # pauses before a file that could not be opened is tried again
+
+Decoders = Mapping[str, Callable[[memoryview], Any]]
 
 
-class _Mapped(NamedTuple):
+class SampleError(DataError):
+    """A sample that will be as bad the next time: absent, not as indexed, or not decodable. See data.bad_samples."""
+
+
+class Mapped(NamedTuple):
+    """A shard that is open: its tar and its segment."""
+
     path: Path
     tar: memoryview
     segment: Segment
@@ -37,11 +48,11 @@ class Sample:
     key: as in the tar, without extension.  number: in the data set, from 0.
     """
 
-    __slots__ = ("_check", "_checked", "_fields", "_row", "_shard", "number")
+    __slots__ = ("_checked", "_dataset", "_fields", "_row", "_shard", "number")
 
-    def __init__(self, number: int, row: int, shard: _Mapped, check: bool) -> None:
+    def __init__(self, number: int, row: int, shard: Mapped, dataset: Dataset) -> None:
         self.number = number
-        self._row, self._shard, self._check = row, shard, check
+        self._row, self._shard, self._dataset = row, shard, dataset
         self._fields: dict[str, Field] = shard.segment.sample(row)
         self._checked: dict[str, memoryview] = {}
 
@@ -61,9 +72,9 @@ class Sample:
         """The decoded value of a field, new on each call; DataError naming shard and member when it cannot be had."""
         data = self.raw(field)
         try:
-            return decode(field, data)
+            return decode(field, data, self._dataset.decoders)
         except DataError as error:
-            raise DataError(f"{self._where(field)}: {error}") from error
+            raise SampleError(f"{self._where(field)}: {error}") from error
 
     def first(self, *fields: str) -> Any:
         """The decoded value of the first of these fields that the sample has; DataError when it has none of them."""
@@ -81,8 +92,8 @@ class Sample:
                 f"{', '.join(self._fields)}; use another task, or pack the data set with that field"
             )
         data = self._shard.tar[place.offset : place.offset + place.length]
-        if self._check and xxh3_64_intdigest(data) != place.digest:
-            raise DataError(
+        if self._dataset.check_digests and xxh3_64_intdigest(data) != place.digest:
+            raise SampleError(
                 f"{self._where(field)}: its {place.length} bytes at byte {place.offset} are not those that were "
                 f"indexed (xxh3 differs); copy the shard again, then `millstream data verify {self._shard.path.parent}`"
             )
@@ -96,10 +107,11 @@ class Sample:
 class Dataset:
     """An indexed folder of shards, opened for reading; `open_dataset` makes one. Threads may share it."""
 
-    def __init__(self, index: Index, check_digests: bool = True) -> None:
+    def __init__(self, index: Index, check_digests: bool = True, decoders: Decoders | None = None) -> None:
         self.index = index
         self.check_digests = check_digests
-        self._mapped: dict[int, _Mapped] = {}
+        self.decoders = decoders or {}
+        self._mapped: dict[int, Mapped] = {}
         self._lock = threading.Lock()
 
     @property
@@ -113,8 +125,11 @@ class Dataset:
     def sample(self, number: int) -> Sample:
         """The sample with this number (from 0). IndexError when there is none, DataError when its shard changed."""
         shard, row = self.index.locate(number)
-        mapped = self._mapped.get(shard)
-        return Sample(number, row, mapped or self._map(shard), self.check_digests)
+        return Sample(number, row, self.mapped(shard), self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same folder for itself."""
+        return open_dataset, (self.index.folder, self.check_digests, self.decoders)
 
     def close(self) -> None:
         """Let go of all files; those whose bytes are still in use stay mapped until they are not."""
@@ -127,7 +142,11 @@ class Dataset:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _map(self, shard: int) -> _Mapped:
+    def mapped(self, shard: int) -> Mapped:
+        """A shard's tar and segment, mapped now or before."""
+        found = self._mapped.get(shard)
+        if found is not None:
+            return found
         with self._lock:
             if shard not in self._mapped:
                 while len(self._mapped) >= MAX_MAPPED:
@@ -135,21 +154,35 @@ class Dataset:
                 self._mapped[shard] = self._open(shard)
             return self._mapped[shard]
 
-    def _open(self, shard: int) -> _Mapped:
-        name, _, size, _ = self.index.shards[shard]
-        path, segment = self.index.tar_path(shard), self.index.segment(shard)
+    def _open(self, shard: int) -> Mapped:
+        noted, path = self.index.shards[shard], self.index.tar_path(shard)
         try:
-            tar = self.index.storage.map(name)
-        except OSError as error:
-            raise DataError(f"{path}: the shard cannot be read ({error.strerror}); copy it again") from error
-        if len(tar) != size:
-            raise DataError(f"{path}: had {size} bytes when it was indexed, has {len(tar)}; copy it again")
-        return _Mapped(path, tar, segment)
+            segment = self.index.segment(shard)
+        except DataError as error:
+            raise SampleError(str(error)) from error
+        tar = self._read(noted.name, path)
+        if len(tar) != noted.bytes:
+            raise SampleError(f"{path}: had {noted.bytes} bytes when it was indexed, has {len(tar)}; copy it again")
+        return Mapped(path, tar, segment)
+
+    def _read(self, name: str, path: Path) -> memoryview:
+        """The bytes of a tar; what may pass (a server that does not answer, no more descriptors) is tried again."""
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                return self.index.storage.map(name)
+            except FileNotFoundError as error:
+                raise SampleError(f"{path}: the shard is gone; copy it again") from error
+            except OSError as error:
+                if pause is None:
+                    tries = f"tried {len(RETRY_SECONDS) + 1} times"
+                    raise DataError(f"{path}: the shard cannot be read ({error.strerror}), {tries}") from error
+                time.sleep(pause)
+        raise AssertionError
 
 
-def open_dataset(folder: Path | str, check_digests: bool = True) -> Dataset:
+def open_dataset(folder: Path | str, check_digests: bool = True, decoders: Decoders | None = None) -> Dataset:
     """Open an indexed folder of shards.
 
     Raises DataError when there is no index or it is not of these shards, see index.open_index.
     """
-    return Dataset(open_index(folder), check_digests)
+    return Dataset(open_index(folder), check_digests, decoders)

@@ -7,6 +7,10 @@ inherit from it.
 
     sample --prepare--> arrays --(loader stacks them)--> batch --loss--> sum over terms, metrics as pairs of sums
 
+A task may also have `gather(samples) -> dict of arrays [m, ...] | None`: what stacking `prepare(sample, None)` of each
+gives, for a whole micro batch at once, where that is faster; None when something is not the plain case, and then each
+is prepared by itself. It is asked only when nothing is drawn at random; reader.Samples says what it is given.
+
 The micro batch is the unit: a loss is a sum over its terms, never a mean, and the loop divides by the number of terms
 of the whole step. So padding and short batches weigh exactly nothing, at any number of workers.
 """

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from pipeline.data.reader import Sample
+    from pipeline.data.samples import Samples
 
 IGNORED = -100  # what torch's cross-entropy leaves out by default
 HEAD = "causal language modeling"
@@ -103,6 +104,20 @@ class Task:
         lengths = self.vocabulary.byte_lengths
         size = lengths[row[1:]].sum() if lengths is not None else 0
         return {"tokens": tokens, "labels": labels, "bytes": np.array(size, dtype=np.int64)}
+
+    def gather(self, samples: Samples) -> dict[str, np.ndarray] | None:
+        """What `prepare` gives for each, for all rows at once when all of them are whole; else None."""
+        rows = samples.array("npy")  # [m, length + 1]
+        m, length, size = len(samples), self.config.length, self.vocabulary.size
+        if rows is None or rows.shape != (m, length + 1) or rows.dtype.kind not in "ui":
+            return None
+        if rows.max() >= size or rows.min() < 0:
+            return None
+        tokens, labels = (samples.empty(name, (m, length), np.int64) for name in ("tokens", "labels"))
+        tokens[...], labels[...] = rows[:, :-1], rows[:, 1:]
+        lengths = self.vocabulary.byte_lengths
+        sizes = np.zeros(m, np.int64) if lengths is None else lengths[labels].sum(axis=1)
+        return {"tokens": tokens, "labels": labels, "bytes": sizes}
 
     def weight(self, batch: Batch) -> float:
         """One term per target."""

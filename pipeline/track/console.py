@@ -65,7 +65,7 @@ class Console:
             case "failure":
                 self.say(record["message"], style="yellow" if record["exit_code"] in (None, 75) else "red")
             case "start":
-                self.say(f"training from step 0: {record['parameters']:,} parameters")
+                self.say(f"training from step 0: {record['parameters']:,} parameters; {record['data']}")
             case "restore":
                 self.say(f"going on from step {record['step']}" + "".join(f"; {note}" for note in record["notes"]))
             case "step":
@@ -80,6 +80,8 @@ class Console:
                 self.say(f"step {record['step']:>6}  checkpoint, {size:,.1f} MB in {seconds:.2f} s", style="dim")
             case "skip":
                 self.say(f"step {record['step']:>6}  skipped: {record['reason']}", style="yellow")
+            case "substitute":
+                self.say(f"step {record['step']:>6}  bad sample replaced: {record['reason']}", style="yellow")
             case "warning":
                 self.say(f"warning: {record['message']}", style="yellow")
 

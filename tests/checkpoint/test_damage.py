@@ -17,7 +17,7 @@ import pytest
 from pipeline import checkpoint
 from pipeline.checkpoint import format
 from pipeline.config import Config
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, DataError
 from pipeline.session import World
 from tests import gloo, small_run
 
@@ -143,9 +143,12 @@ def other_runs(world: World, root: Path) -> dict[str, Any]:
     settings, engine = begin(world, "words", 1)
     small_run.curve(engine, world, settings, "words", 0, 1)
     small_run.save(world, settings, engine, root, 1)
-    other = small_run.DATA | {"identity": "d2"}
-    for name, data in (("data", other), ("buffers", small_run.DATA)):
-        facts: dict[str, Any] = {"config": settings, "data": data, "buffers": {}}
+
+    def refuse(step: int, saved: Any) -> list[str]:
+        raise DataError(f"step {step} was trained on {saved['identity']}")
+
+    for name, resume in (("data", refuse), ("buffers", small_run.same_data)):
+        facts: dict[str, Any] = {"config": settings, "resume": resume, "buffers": {}}
         said[name] = failure(lambda: checkpoint.restore(engine, world, root, **facts))  # noqa: B023
     engine.close()
     for name, kind, optim in (("optimizer", "words", {"name": "sgd"}), ("model", "images", {})):
@@ -221,7 +224,7 @@ def test_a_flipped_bit_leads_to_the_older_checkpoint_or_to_a_refusal(two):
 def test_another_run_s_checkpoint_is_refused_with_the_difference(two):
     for rank in two:
         said = rank["others"]
-        assert "identity: d1 -> d2" in said["data"]
+        assert "checkpoint-00000001 step 1 was trained on d1" in said["data"]
         assert "norm.running_mean is gone" in said["buffers"]
         assert "momentum_buffer of 'embed.weight'" in said["optimizer"]
         assert "conv1.weight is new" in said["model"]

@@ -13,6 +13,7 @@ from webdataset.writer import ShardWriter
 from pipeline import config as configs
 from pipeline.data import index
 from pipeline.data.reader import open_dataset
+from pipeline.data.writer import Packing, silent, write_split
 from pipeline.session import World
 from tests import gloo, small_data
 from tests.small_session import of_kind, records_of
@@ -31,9 +32,12 @@ def losses(world: World, folders: dict[str, Path], work: Path) -> dict[str, list
 
 def test_shards_of_shard_writer_and_of_tar_train_like_our_own(tmp_path: Path) -> None:
     """The same samples in the same order give the same losses, whoever wrote the tars."""
-    ours = small_data.images(tmp_path / "ours")
+    small = open_dataset(small_data.images(tmp_path / "small"))
+    samples = [(s.key, s.raw("png"), s.raw("cls")) for s in map(small.sample, range(96))]
+    ours = tmp_path / "ours"
+    pieces = ((key, {"png": bytes(png), "cls": bytes(cls)}) for key, png, cls in samples)
+    write_split(ours, pieces, 96, 2000, Packing(min_shards=3), silent)
     folders = {"ours": ours, "writer": tmp_path / "writer", "tar": tmp_path / "tar"}
-    samples = [(s.key, s.raw("png"), s.raw("cls")) for s in map(open_dataset(ours).sample, range(96))]
     edges = [shard.samples for shard in index.open_index(ours).shards]
     for name in ("writer", "tar"):
         folders[name].mkdir()

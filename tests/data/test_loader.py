@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,28 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.loader import Loader, MicroBatch, evaluation_batches
-from pipeline.data.order import Order
+from pipeline.data.fill import Fill
+from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.data.reader import Dataset, Sample, open_dataset
-from pipeline.data.writer import Packing, silent, write_split
 from pipeline.errors import ConfigError, DataError
-
-SAMPLES = 103  # prime, so that nothing divides it
-
-
-def npy(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values)
-    return buffer.getvalue()
+from tests.data.small_loader import SAMPLES, content, gathered, kept, loader, noisy, order, plain, write
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sample i has the key s<i> and holds [i, i * i]."""
-    folder = tmp_path_factory.mktemp("loader") / "train"
-    samples = ((f"s{i:04d}", {"npy": npy(np.array([i, i * i]))}) for i in range(SAMPLES))
-    write_split(folder, samples, SAMPLES, 2000, Packing(min_shards=3), silent)
-    return folder
+    return write(tmp_path_factory.mktemp("loader") / "train")
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +37,6 @@ def no_thread_is_left() -> Iterator[None]:
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")] == []
 
 
-def plain(sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-    assert rng is None
-    return {"x": sample["npy"], "key": np.array(int(sample.key[1:]))}
-
-
-def noisy(sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-    assert rng is not None
-    return {"x": sample["npy"], "noise": rng.random(2)}
-
-
-def order(micro_batches: int, seed: int = 0) -> Order:
-    return Order(samples=SAMPLES, block=7, lanes=micro_batches, shuffle_blocks=4, seed=seed)
-
-
-def loader(dataset: Dataset, prepare=plain, *, micro_batch: int = 3, micro_batches: int = 4, **changes) -> Loader:
-    options = {"augments": False, "seed": 5, "rank": 0, "world_size": 1, "threads": 1, "prefetch": 2, "start_step": 0}
-    options |= changes
-    sizes = {"global_batch_size": micro_batch * micro_batches, "micro_batch_size": micro_batch}
-    return Loader(dataset, order(micro_batches), prepare, **sizes, **options)
-
-
-def content(micro: MicroBatch) -> tuple[int, tuple[int, ...], tuple[int, ...], dict[str, list]]:
-    tensors = {name: tensor.tolist() for name, tensor in micro.batch.items()}
-    return micro.index, tuple(micro.epochs.tolist()), tuple(micro.numbers.tolist()), tensors
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     micro_batch=st.integers(1, 9),
@@ -82,11 +44,12 @@ def content(micro: MicroBatch) -> tuple[int, tuple[int, ...], tuple[int, ...], d
     start=st.integers(0, 200),
     threads=st.integers(1, 3),
     prefetch=st.integers(1, 12),
+    gather=st.sampled_from([None, gathered]),
 )
 def test_ranks_together_read_what_the_order_says(
-    dataset: Dataset, micro_batch: int, micro_batches: int, start: int, threads: int, prefetch: int
+    dataset: Dataset, micro_batch: int, micro_batches: int, start: int, threads: int, prefetch: int, gather
 ) -> None:
-    steps, size = range(start, start + 3), micro_batch * micro_batches
+    steps, expected = range(start, start + 3), order(micro_batch, micro_batches)
     for world_size in range(1, min(7, micro_batches) + 1):
         for rank in range(world_size):
             own = range(rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size)
@@ -99,13 +62,14 @@ def test_ranks_together_read_what_the_order_says(
                 threads=threads,
                 prefetch=prefetch,
                 start_step=start,
+                gather=gather,
             ) as batches:
                 for step in steps:
                     got = batches.step(step)
                     assert len(got) == -(-micro_batches // world_size)
                     assert [micro.index for micro in got if not micro.filler] == list(own)
                     for micro in got:
-                        epochs, numbers = order(micro_batches).rows(step, micro.index, size, micro_batch)
+                        _, epochs, numbers = expected.rows(step, micro.index, micro_batch)
                         assert micro.epochs.tolist() == epochs.tolist()
                         assert micro.numbers.tolist() == numbers.tolist() == micro.batch["key"].tolist()
                         assert torch.equal(micro.batch["x"], torch.from_numpy(np.stack([numbers, numbers**2], 1)))
@@ -123,7 +87,7 @@ def test_random_numbers_belong_to_sample_and_epoch(dataset: Dataset) -> None:
     def noise(**changes) -> dict[tuple[int, int], tuple[float, ...]]:
         drawn = {}
         start = changes.get("start_step", 0)
-        with loader(dataset, noisy, augments=True, **changes) as batches:
+        with loader(dataset, noisy, **({"seed": 5} | changes)) as batches:
             for step in range(start, 20):
                 for micro in batches.step(step):
                     for epoch, number, values in zip(micro.epochs, micro.numbers, micro.batch["noise"].tolist()):
@@ -143,29 +107,31 @@ def test_random_numbers_belong_to_sample_and_epoch(dataset: Dataset) -> None:
 def test_work_is_done_off_the_main_thread(dataset: Dataset) -> None:
     threads: set[str] = set()
 
-    class Watched(Order):
-        def rows(self, step: int, j: int, global_batch: int, micro_batch: int) -> tuple[np.ndarray, np.ndarray]:
+    class Watched:
+        def rows(self, step: int, j: int, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             threads.add(threading.current_thread().name)
-            return super().rows(step, j, global_batch, micro_batch)
+            return order(2, 2).rows(step, j, micro_batch)
 
     def prepare(sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         threads.add(threading.current_thread().name)
         return plain(sample, rng)
 
-    watched = Watched(SAMPLES, 7, 2, 4, 0)
-    with Loader(dataset, watched, prepare, augments=False, seed=0, global_batch_size=4, micro_batch_size=2) as batches:
+    with Loader(Fill([dataset], prepare), Watched(), global_batch_size=4, micro_batch_size=2) as batches:
         for step in range(5):
             batches.step(step)
     assert threads == {"loader_0"}
 
 
-def test_a_batch_stays_when_the_next_ones_come(dataset: Dataset) -> None:
-    with loader(dataset) as batches:
-        first = batches.step(0)
-        before = [content(micro) for micro in first]
-        for step in range(1, 30):
-            batches.step(step)
-    assert [content(micro) for micro in first] == before
+def test_a_batch_stays_until_the_next_step_and_its_memory_is_used_again(dataset: Dataset) -> None:
+    places: set[int] = set()
+    with loader(dataset, threads=3, prefetch=6) as batches:
+        for step in range(60):
+            got = batches.step(step)
+            before = [content(micro) for micro in got]
+            time.sleep(0.002)  # threads fill what comes next meanwhile
+            assert [content(micro) for micro in got] == before
+            places |= {micro.batch["x"].data_ptr() for micro in got}
+    assert len(places) <= 6 + 2 * 4  # prepared ahead, handed out, and being handed out
 
 
 def test_waiting_is_counted(dataset: Dataset) -> None:
@@ -212,7 +178,7 @@ def test_sizes_that_cannot_work(dataset: Dataset) -> None:
     with pytest.raises(ConfigError, match="5 workers cannot share 4 micro batches"):
         loader(dataset, world_size=5)
     with pytest.raises(ConfigError, match="global_batch_size 10 must be a multiple of micro_batch_size 4"):
-        Loader(dataset, order(2), plain, augments=False, seed=0, global_batch_size=10, micro_batch_size=4)
+        Loader(Fill([dataset], plain), order(5, 2), global_batch_size=10, micro_batch_size=4)
 
 
 def test_damaged_bytes_name_sample_shard_and_place(folder: Path, tmp_path: Path) -> None:
@@ -257,12 +223,12 @@ def test_rows_of_a_micro_batch_must_be_alike(dataset: Dataset, odd, message: str
         return odd(sample["npy"]) if sample.number == 2 else {"x": sample["npy"]}
 
     with pytest.raises(DataError, match=r"sample 2 \(s0002\).*row 2.*" + message):
-        list(evaluation_batches(dataset, prepare, 4))
+        list(evaluation_batches(Fill([dataset], prepare), 4))
 
 
 def test_what_no_tensor_holds_is_refused(dataset: Dataset) -> None:
     with pytest.raises(DataError, match="gave word as <U5"):
-        next(evaluation_batches(dataset, lambda sample, rng: {"word": np.array(sample.key)}, 4))
+        next(evaluation_batches(Fill([dataset], lambda sample, rng: {"word": np.array(sample.key)}), 4))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 8, 40, 103, 200])
@@ -270,7 +236,7 @@ def test_what_no_tensor_holds_is_refused(dataset: Dataset) -> None:
 def test_evaluation_reads_every_sample_once_on_equal_turns(dataset: Dataset, micro_batch: int, threads: int) -> None:
     for world_size in range(1, 8):
         ranks = [
-            list(evaluation_batches(dataset, plain, micro_batch, rank, world_size, threads))
+            kept(evaluation_batches(Fill([dataset], plain), micro_batch, rank, world_size, threads))
             for rank in range(world_size)
         ]
         assert {len(batches) for batches in ranks} == {-(-SAMPLES // (micro_batch * world_size))}
@@ -284,7 +250,7 @@ def test_evaluation_reads_every_sample_once_on_equal_turns(dataset: Dataset, mic
 
 
 def test_an_evaluation_that_is_left_early_leaves_no_thread(dataset: Dataset) -> None:
-    batches = evaluation_batches(dataset, plain, 4, threads=2)
+    batches = evaluation_batches(Fill([dataset], plain), 4, threads=2)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]

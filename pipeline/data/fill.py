@@ -1,0 +1,203 @@
+"""Rows -> micro batch: reads the samples, has the task prepare them, and stacks what comes out.
+
+Two ways, with the same result. When nothing is drawn at random and the task has a `gather`, it takes the whole micro
+batch at once. Otherwise, or when `gather` says that something is not the plain case, the samples are prepared one by
+one, each straight into its row; this way names the sample that is wrong.
+
+A bad sample (its bytes are not those indexed, or do not decode) ends the run, or is replaced by the next good one of
+its block of consecutive samples, then of the blocks after it, as many as a shuffle window has. The first decision is
+kept and replayed (`Substitutes`), so a run that goes on does not decide anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from pipeline.data.reader import Dataset, Sample, SampleError
+from pipeline.data.samples import Empty, Samples
+from pipeline.errors import DataError, MillstreamError
+
+Prepare = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]]
+Gather = Callable[[Samples], dict[str, np.ndarray] | None]
+Substitutes: TypeAlias = "dict[tuple[int, int], int]"
+"""(source, number) of a bad sample -> number of the one that stands for it, for good."""
+
+
+class Rows(NamedTuple):
+    """Which samples a micro batch is made of."""
+
+    index: int  # j, in the global batch of the step (evaluation: in the data set)
+    sources: np.ndarray  # int64[m], which data set
+    epochs: np.ndarray  # int64[m], of that data set
+    numbers: np.ndarray  # int64[m], in that data set
+    where: str  # for messages
+
+
+class Substitution(NamedTuple):
+    """A bad sample, what stands for it from now on, and why."""
+
+    source: int
+    number: int
+    substitute: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro batch and its place; `batch` is on the host (pinned for CUDA), good until the next step."""
+
+    index: int
+    sources: np.ndarray  # int64[m]
+    epochs: np.ndarray  # int64[m]
+    numbers: np.ndarray  # int64[m], of the samples that were read
+    batch: dict[str, torch.Tensor]  # each [m, ...]
+    found: tuple[Substitution, ...] = ()  # decided while this one was prepared
+    filler: bool = False  # repeats another one so that ranks run in step; counts for nothing
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How rows become a micro batch. Pure, so that threads and processes may share it.
+
+    seed: None without augmentation.  blocks: per data set, how many consecutive samples are a block.  windows: blocks
+    in which a substitute is looked for, 0 when bad samples end the run.
+    """
+
+    datasets: Sequence[Dataset]
+    prepare: Prepare
+    gather: Gather | None = None
+    seed: int | None = None
+    blocks: Sequence[int] = ()
+    windows: int = 0
+
+    def __call__(
+        self,
+        rows: Rows,
+        substitutes: Substitutes,
+        empty: Empty | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> MicroBatch:
+        """Raises DataError naming sample, step, micro batch and row; a bug in the task keeps its type and traceback."""
+        if substitutes:
+            pairs = zip(rows.sources.tolist(), rows.numbers.tolist())
+            rows = rows._replace(numbers=np.array([substitutes.get(pair, pair[1]) for pair in pairs], np.int64))
+        empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
+        if self.gather is not None and self.seed is None:
+            try:
+                arrays = self.gather(Samples(self.datasets, rows.sources, rows.numbers, empty))
+            except DataError:
+                arrays = None  # one by one, the bad sample is named, or replaced
+            if arrays is not None:
+                batch = {name: _tensor(name, array, empty) for name, array in arrays.items()}
+                return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch)
+        return self._one_by_one(rows, substitutes, empty, stopped)
+
+    def _one_by_one(
+        self, rows: Rows, substitutes: Substitutes, empty: Empty, stopped: Callable[[], bool]
+    ) -> MicroBatch:
+        arrays: dict[str, np.ndarray] = {}
+        numbers, found = rows.numbers.copy(), []
+        columns = (column.tolist() for column in (rows.sources, rows.epochs, rows.numbers))
+        for row, (source, epoch, number) in enumerate(zip(*columns)):
+            if stopped():
+                raise RuntimeError("the loader is closed")
+            try:
+                try:
+                    prepared = self._prepared(source, epoch, number)
+                except SampleError as error:
+                    numbers[row], prepared = self._substitute(source, epoch, number, substitutes, error)
+                    found.append(Substitution(source, number, int(numbers[row]), str(error)))
+                if not row:
+                    m = len(numbers)
+                    arrays = {k: empty(k, (m, *np.shape(v)), np.asarray(v).dtype) for k, v in prepared.items()}
+                _put(arrays, row, prepared)
+            except Exception as error:
+                place = f"{self._name(source, number)}, epoch {epoch}, {rows.where}, row {row}"
+                if isinstance(error, MillstreamError):
+                    raise DataError(f"{place}: {error}") from error
+                error.add_note(f"while preparing {place}")  # a bug keeps its type and its traceback
+                raise
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return MicroBatch(rows.index, rows.sources, rows.epochs, numbers, batch, tuple(found))
+
+    def _name(self, source: int, number: int) -> str:
+        dataset = self.datasets[source]
+        with suppress(DataError):  # of the shard itself
+            return f"sample {number} ({dataset.sample(number).key}) of {dataset.index.folder}"
+        return f"sample {number} of {dataset.index.folder}"
+
+    def _prepared(self, source: int, epoch: int, number: int) -> dict[str, np.ndarray]:
+        rng = None if self.seed is None else generator(self.seed, source, epoch, number)
+        return self.prepare(self.datasets[source].sample(number), rng)
+
+    def _substitute(
+        self, source: int, epoch: int, number: int, substitutes: Substitutes, error: SampleError
+    ) -> tuple[int, dict[str, np.ndarray]]:
+        """The next good sample: its number, and what the task makes of it. Raises `error` again when there is none."""
+        if not self.windows:
+            raise error
+        for candidate in candidates(number, self.blocks[source], self.windows, len(self.datasets[source])):
+            if (source, candidate) not in substitutes:
+                try:
+                    return candidate, self._prepared(source, epoch, candidate)
+                except SampleError:
+                    continue
+        raise DataError(f"no good sample near it to take instead: {error}") from error
+
+
+def candidates(number: int, block: int, blocks: int, samples: int) -> Iterator[int]:
+    """Samples in the order in which they may stand for `number`: its block, from there on and around, then the next."""
+    first = number // block * block
+    end = min(first + block, samples)
+    yield from range(number + 1, end)
+    yield from range(first, number)
+    for step in range(end - first, min(blocks * block, samples)):
+        yield (first + step) % samples
+
+
+def generator(seed: int, source: int, epoch: int, number: int) -> np.random.Generator:
+    """The random generator of one sample in one epoch (Philox; Salmon et al., SC 2011).
+
+    The seed is the key; source, epoch and number are words of the 256-bit counter, so no two streams can meet.
+    """
+    counter = np.array([0, source, epoch, number], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, 0], dtype=np.uint64), counter=counter))
+
+
+def tensor_type(name: str, dtype: Any) -> torch.dtype:
+    """torch's word for a numpy type; DataError when no tensor can hold it."""
+    try:
+        return torch.from_numpy(np.empty(0, dtype)).dtype
+    except TypeError as error:
+        raise DataError(f"the task gave {name} as {np.dtype(dtype)}, which no tensor can hold") from error
+
+
+def _tensor(name: str, array: np.ndarray, empty: Empty) -> torch.Tensor:
+    """The tensor over an array; on a machine with CUDA in pinned memory, copied there if it is not."""
+    tensor_type(name, array.dtype)
+    tensor = torch.from_numpy(array)
+    if torch.cuda.is_available() and not tensor.is_pinned():
+        pinned = empty(f"{name} pinned", array.shape, array.dtype)
+        pinned[...] = array
+        return torch.from_numpy(pinned)
+    return tensor
+
+
+def _put(arrays: dict[str, np.ndarray], row: int, prepared: dict[str, np.ndarray]) -> None:
+    """Copy what the task gave for one sample into its row. Raises DataError when it is not like the first row's."""
+    if prepared.keys() != arrays.keys():
+        raise DataError(f"the task gave {sorted(prepared)}, but {sorted(arrays)} for the first row")
+    for name, array in arrays.items():
+        value = np.asarray(prepared[name])
+        if value.shape != array.shape[1:] or value.dtype != array.dtype:
+            raise DataError(
+                f"the task gave {name} as {value.dtype}{list(value.shape)}, but as {array.dtype}"
+                f"{list(array.shape[1:])} for the first of this micro batch; all rows must be alike"
+            )
+        array[row] = value

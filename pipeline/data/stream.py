@@ -1,0 +1,150 @@
+"""The training data of a run: its data sets, the order of their samples, and what has been decided on bad ones.
+
+    config.data -> data sets + mixture (which sample stands where) -> loader of one rank
+                        |-> state: what a checkpoint keeps of the data, and `resume` holds against
+
+A run goes on with the same data in the same order, or not at all: every difference is named and refused, unless a
+person asked for a new order on purpose. What it gives up: the state says which data (by identity), not where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.data.decode import load_decoders
+from pipeline.data.fill import Fill, Substitutes
+from pipeline.data.loader import Loader
+from pipeline.data.mixture import Mixture, Source
+from pipeline.data.order import block_samples
+from pipeline.data.reader import Sample, open_dataset
+from pipeline.errors import DataError
+
+VERSION = 1  # of the state
+
+
+class Preparing(Protocol):
+    """What of a task the data need; tasks.Task says what it means. `gather`, if it has one, is used too."""
+
+    augments: bool
+
+    def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]: ...
+
+
+class Stream:
+    """Opened data sets in the order that the configuration asks for, or, after `resume`, that of a checkpoint."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        decoders = load_decoders(config.data.decoders)
+        sources = config.data.train
+        self.datasets = [open_dataset(s.folder, config.data.check_digests, decoders) for s in sources.values()]
+        self.mixture = Mixture.start(
+            [
+                Source(
+                    name,
+                    dataset.identity,
+                    len(dataset),
+                    block_samples(len(dataset), dataset.index.bytes, config.data.block_bytes),
+                    source.weight,
+                )
+                for (name, source), dataset in zip(sources.items(), self.datasets)
+            ],
+            lanes=config.data.lanes or config.micro_batches,
+            shuffle_blocks=config.data.shuffle_blocks,
+            seed=config.seed,
+            global_batch=config.global_batch_size,
+        )
+        self.substitutes: Substitutes = {}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the order, the size of a micro batch, and which samples stand for bad ones."""
+        return {
+            "version": VERSION,
+            "sources": [*self.config.data.train],
+            "order": self.mixture.state,
+            "micro_batch": self.config.micro_batch_size,
+            "substitutes": sorted([source, number, by] for (source, number), by in self.substitutes.items()),
+        }
+
+    def resume(self, step: int, saved: Mapping[str, Any], new_order: bool) -> list[str]:
+        """Go on as the checkpoint of `step` was going on; what a person should know of it, a line each.
+
+        Raises DataError, naming every difference, for other data or another order, unless `new_order`.
+        """
+        if saved.get("version") != VERSION:
+            raise DataError("was written by another version, whose order of samples is not known; start anew (--fresh)")
+        reordered = self.mixture.differences(saved["order"])
+        differences = [*reordered]
+        if saved["micro_batch"] != self.config.micro_batch_size:
+            differences.append(f"micro batch: {saved['micro_batch']} -> {self.config.micro_batch_size}")
+        if differences and not new_order:
+            raise DataError(
+                f"was trained on other data, or in another order: {'; '.join(differences)}. Put data, seed and batch "
+                "sizes back, or start a new run (--fresh), or go on with the new ones on purpose (--new-order)"
+            )
+        before = saved["sources"]
+        # A source may have another name now; it has another place only when the order is a new one.
+        now = [*self.config.data.train] if reordered else before
+        self.substitutes = {
+            (now.index(before[source]), number): by
+            for source, number, by in saved["substitutes"]
+            if before[source] in now
+        }
+        notes: list[str] = []
+        if reordered:
+            self.mixture, notes = Mixture.continued(saved["order"], step, self.mixture, self._grown)
+        else:
+            self.mixture = Mixture.from_state(saved["order"])
+        if not differences:
+            return []
+        return [f"new order from step {step}: {'; '.join(differences)}", *notes]
+
+    def __str__(self) -> str:
+        """In a few words, for people: how much there is, and in which shares it is read."""
+        sets = zip(self.config.data.train, self.datasets)
+        sizes = [f"{name} {len(one):,} samples, {one.index.bytes / 1e6:,.1f} MB" for name, one in sets]
+        if len(sizes) == 1:
+            return f"{len(self.datasets[0]):,} samples, {self.datasets[0].index.bytes / 1e6:,.1f} MB"
+        shares = (f"{draws / of:.4g} of the batches" for _, draws, of in self.mixture.shares)
+        return "; ".join(f"{size}, {share}" for size, share in zip(sizes, shares))
+
+    def _grown(self, source: int, samples: int) -> str | None:
+        """The identity that the first `samples` samples of a source have by themselves."""
+        return self.datasets[source].index.prefix_identity(samples)
+
+    def loader(self, task: Preparing, rank: int, world_size: int, first: int) -> Loader:
+        """A rank's micro batches from step `first` on; what it decides on bad samples it writes into `substitutes`."""
+        data, config = self.config.data, self.config
+        blocks = [block_samples(len(one), one.index.bytes, data.block_bytes) for one in self.datasets]
+        lanes = data.lanes or config.micro_batches
+        fill = Fill(
+            self.datasets,
+            task.prepare,
+            getattr(task, "gather", None),
+            seed=config.seed if task.augments else None,
+            blocks=blocks,
+            windows=max(2, -(-data.shuffle_blocks // lanes)) if data.bad_samples == "substitute" else 0,
+        )
+        return Loader(
+            fill,
+            self.mixture,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            threads=data.threads,
+            processes=data.processes,
+            prefetch=data.prefetch,
+            start_step=first,
+            substitutes=self.substitutes,
+        )
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for dataset in self.datasets:
+            dataset.close()
