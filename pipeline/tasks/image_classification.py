@@ -2,25 +2,29 @@
 
     {key}.jpg|png|webp, {key}.cls --prepare--> uint8 pixels --(device)--> normalised --mixup--> logits --> cross-entropy
 
-Pixels travel as bytes and become numbers on the device, a quarter of the traffic. Geometry (crop, flip) is drawn per
-sample where the image is decoded; mixup is drawn per micro batch, from torch's generator, so its partners never
-depend on the number of workers.
+Pixels travel as bytes and become numbers on the device, a quarter of the traffic. Geometry (crop, flip) is drawn and
+done per sample where the image is decoded. Colours and erasing are drawn there too, by sample, but done on the device
+to the whole micro batch. Mixup is drawn per micro batch, from torch's generator, so its partners never depend on the
+number of workers.
 
-Batch: "image" uint8 [m, size, size, channels], "label" int64 [m].
-What it gives up: several labels per image, images that are not square, augmentation of colours.
+Batch: "image" uint8 [m, size, size, channels], "label" int64 [m]; in training, when they are asked for, "colour"
+float32 [m, 3] (factors of brightness, contrast, saturation) and "erase" int64 [m, 4] (top, left, height, width in
+pixels; height 0: nothing).
+What it gives up: several labels per image, images that are not square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.config import Strict
 from pipeline.data import augment
+from pipeline.data.decode import jpeg_into
 from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import Batch, Sums
 
@@ -31,8 +35,16 @@ if TYPE_CHECKING:
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 HEAD = "image classification"
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601: what "grey" means to image tools
-Share = Annotated[float, Field(ge=0, le=1)]
+LUMA = np.array(augment.LUMA, dtype=np.float32)
+Strength = Annotated[float, Field(ge=0)]
+
+
+class Colour(Strict):
+    """How far colours are changed in training; each factor is drawn from max(0, 1 - strength) to 1 + strength."""
+
+    brightness: Strength = Field(default=0.0, description="0.4: factors from 0.6 to 1.4")
+    contrast: Strength = Field(default=0.0, description="towards or away from the mean grey of the image")
+    saturation: Strength = Field(default=0.0, description="towards or away from grey; needs 3 channels")
 
 
 class Config(Strict):
@@ -57,6 +69,10 @@ class Config(Strict):
         default=None, description="training: least share of the area that is cut out and resized"
     )
     flip: bool = Field(default=False, description="training: mirrors half of the images")
+    colour: Colour = Field(default=Colour(), description="training: strengths of changes to the colours")
+    erase: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="training: share of images in which a random box is replaced by the mean"
+    )
     mixup: float = Field(default=0.0, ge=0, description="training: alpha of the Beta distribution; 0: no mixup")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="training: share for all classes"
@@ -75,7 +91,27 @@ class Config(Strict):
                 raise ValueError(
                     f"`{name}` has {len(values)} values; give one, or one for each of {self.channels} channels"
                 )
+        if self.colour.saturation and self.channels == 1:
+            raise ValueError("`colour.saturation` is of colours, and `channels` is 1; remove it")
         return self
+
+
+class Samples(Protocol):
+    """The samples of one micro batch, as the loader has them."""
+
+    def __len__(self) -> int: ...
+
+    def raw(self, field: str) -> Sequence[memoryview] | None:
+        """The checked bytes of that field of every sample; None when one lacks it."""
+        ...
+
+    def values(self, field: str) -> np.ndarray | None:
+        """int64 [m] of a field of small whole numbers, from the index; None when they are not there."""
+        ...
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array to fill for this key of the batch."""
+        ...
 
 
 class Task:
@@ -83,7 +119,9 @@ class Task:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.augments = bool(config.crop or config.random_resized_crop or config.flip)
+        self._recolours = any(config.colour.model_dump().values())
+        moves = config.crop or config.random_resized_crop or config.flip
+        self.augments = bool(moves or self._recolours or config.erase)
         self._flops: float | None = None
         self._mean_and_std: dict[Any, Any] = {}  # device -> two tensors, so that they cross to it once
 
@@ -113,7 +151,10 @@ class Task:
         return model
 
     def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        """{"image": uint8 [size, size, channels], "label": int64 []}. Raises DataError naming the sample."""
+        """{"image": uint8 [size, size, channels], "label": int64 []}, with a generator "colour" and "erase" as asked.
+
+        Raises DataError naming the sample.
+        """
         config = self.config
         image = _in_channels(sample.first(*IMAGE_FIELDS), config.channels, sample.key)
         if rng is not None and config.random_resized_crop:
@@ -124,7 +165,28 @@ class Task:
             image = augment.random_crop(image, config.crop, rng)
         if rng is not None and config.flip:
             image = augment.random_flip(image, rng)
-        return {"image": np.ascontiguousarray(image), "label": self._label(sample)}
+        prepared = {"image": np.ascontiguousarray(image), "label": self._label(sample)}
+        if rng is not None and self._recolours:
+            prepared["colour"] = augment.draw_colour(**config.colour.model_dump(), rng=rng)
+        if rng is not None and config.erase:
+            prepared["erase"] = augment.draw_erase(config.erase, config.image_size, rng)
+        return prepared
+
+    def gather(self, samples: Samples) -> dict[str, np.ndarray] | None:
+        """What `prepare` gives without a generator, stacked, when every image is a JPEG of just the right size.
+
+        None when anything is otherwise, a damaged image or a label out of range among it: `prepare` then says what.
+        """
+        pictures, classes = samples.raw("jpg"), samples.values("cls")
+        if pictures is None or classes is None or classes.min() < 0 or classes.max() >= self.config.classes:
+            return None
+        size, channels = self.config.image_size, self.config.channels
+        image = samples.empty("image", (len(samples), size, size, channels), np.uint8)
+        if not all(map(jpeg_into, pictures, image)):
+            return None
+        label = samples.empty("label", (len(samples),), np.int64)
+        label[:] = classes
+        return {"image": image, "label": label}
 
     def weight(self, batch: Batch) -> float:
         """One term per image."""
@@ -134,7 +196,7 @@ class Task:
         """Cross-entropy in nats with label smoothing; with mixup (Zhang et al. 2018) an image is right by shares."""
         import torch
 
-        image, label = self._normalised(model, batch["image"]), batch["label"]  # [m, C, H, W], [m]
+        image, label = self._normalised(model, batch), batch["label"]  # [m, C, H, W], [m]
         if not self.config.mixup:
             loss, correct = self._cross_entropy(model(pixel_values=image).logits, label, self.config.label_smoothing)
             return loss, {"loss": (loss.detach(), len(label)), "accuracy": (correct, len(label))}
@@ -150,7 +212,7 @@ class Task:
     def score(self, model: Callable[..., Any], batch: Batch) -> Sums:
         """Plain cross-entropy in nats and share of images whose likeliest class is theirs."""
         label = batch["label"]
-        logits = model(pixel_values=self._normalised(model, batch["image"])).logits
+        logits = model(pixel_values=self._normalised(model, batch)).logits
         loss, correct = self._cross_entropy(logits, label, 0.0)
         return {"loss": (loss, len(label)), "accuracy": (correct, len(label))}
 
@@ -166,16 +228,21 @@ class Task:
             self._flops = flops.count(self.build_model, lambda: {"pixel_values": torch.zeros(shape)}) / 2
         return self._flops
 
-    def _normalised(self, model: Callable[..., Any], image: Tensor) -> Tensor:
-        """uint8 [m, H, W, C] -> [m, C, H, W] in the network's type; still channels-last in memory, as it came."""
-        if image.device not in self._mean_and_std:
-            import torch
+    def _normalised(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """[m, C, H, W] in the network's type, recoloured and erased as the batch says; channels last in memory."""
+        import torch
 
+        image = batch["image"]  # uint8 [m, H, W, C]
+        if image.device not in self._mean_and_std:
             pair = (torch.tensor(values, device=image.device) * 255 for values in (self.config.mean, self.config.std))
             self._mean_and_std[image.device] = tuple(pair)  # [1] or [C] each
         mean, std = self._mean_and_std[image.device]
+        image = augment.recolour(image, batch["colour"]) if "colour" in batch else image.float()
+        image = (image - mean) / std
+        if "erase" in batch:
+            image = augment.erase(image, batch["erase"])
         dtype = next(model.parameters()).dtype  # type: ignore[attr-defined]
-        return ((image.float() - mean) / std).to(dtype).permute(0, 3, 1, 2)
+        return image.permute(0, 3, 1, 2).to(dtype, memory_format=torch.channels_last)
 
     @staticmethod
     def _cross_entropy(logits: Tensor, label: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image, ImageEnhance
 
-from pipeline.data.augment import fit, random_crop, random_flip, random_resized_crop
+from pipeline.data.augment import (
+    LUMA,
+    draw_colour,
+    draw_erase,
+    erase,
+    fit,
+    random_crop,
+    random_flip,
+    random_resized_crop,
+    recolour,
+)
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -69,8 +81,12 @@ def test_equal_generators_give_equal_images() -> None:
         rng = np.random.default_rng(seed)
         return random_flip(random_crop(random_resized_crop(image, 16, rng), 3, rng), rng)
 
-    assert np.array_equal(augmented(5), augmented(5))
-    assert not np.array_equal(augmented(5), augmented(6))
+    def drawn(seed: int) -> list[float]:
+        rng = np.random.default_rng(seed)
+        return [*draw_colour(0.1, 0.2, 0.3, rng), *draw_erase(1.0, 32, rng)]
+
+    assert np.array_equal(augmented(5), augmented(5)) and drawn(5) == drawn(5)
+    assert not np.array_equal(augmented(5), augmented(6)) and drawn(5) != drawn(6)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -81,3 +97,73 @@ def test_fit_takes_the_centred_square_and_leaves_a_fitting_image_alone(channels:
     assert np.array_equal(fit(image.transpose(1, 0, 2), 10), np.full((10, 10, channels), 200, dtype=np.uint8))
     square = np.random.default_rng(7).integers(0, 256, (12, 12, channels), dtype=np.uint8)
     assert fit(square, 12) is square
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("side", "size"), [(100, 31), (90, 90 * 2), (64, 63), (7, 40)])
+def test_resizing_is_that_of_pillow(channels: int, side: int, size: int) -> None:
+    """Within one step of 255, whether it shrinks (antialiased) or enlarges; on noise, where aliasing would show."""
+    image = np.random.default_rng(8).integers(0, 256, (side, side, channels), dtype=np.uint8)
+    image.flags.writeable = False  # as a decoder may give it
+    picture = Image.fromarray(image[:, :, 0] if channels == 1 else image)
+    expected = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, channels)
+    assert np.abs(fit(image, size).astype(int) - expected).max() <= 1
+
+
+def test_recolouring_is_that_of_pillow() -> None:
+    """Pillow rounds down to bytes after each of the three, so a few steps of 255 lie between."""
+    blocks = np.random.default_rng(9).integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)
+    images = blocks.repeat(6, axis=1).repeat(6, axis=2)
+    factors = np.array([[1, 1, 1], [0.5, 1, 1], [1.4, 0.3, 1.9], [0.7, 1.8, 0]], dtype=np.float32)
+    recoloured = recolour(torch.from_numpy(images), torch.from_numpy(factors)).numpy()
+    assert recoloured.dtype == np.float32 and np.array_equal(recoloured[0], images[0])
+    for image, (brightness, contrast, saturation), found in zip(images, factors.tolist(), recoloured):
+        picture = ImageEnhance.Brightness(Image.fromarray(image)).enhance(brightness)
+        picture = ImageEnhance.Color(ImageEnhance.Contrast(picture).enhance(contrast)).enhance(saturation)
+        assert np.abs(found - np.asarray(picture)).max() < 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_recolouring_is_its_formula_image_by_image(channels: int) -> None:
+    rng = np.random.default_rng(10)
+    images = rng.integers(0, 256, (6, 9, 7, channels), dtype=np.uint8)
+    factors = rng.uniform(0, 2, (6, 3)).astype(np.float32)
+    recoloured = recolour(torch.from_numpy(images), torch.from_numpy(factors))
+    for row, (image, (brightness, contrast, saturation)) in enumerate(zip(images.astype(float), factors.tolist())):
+        luma = np.array(LUMA) if channels == 3 else np.ones(1)
+        image = np.clip(brightness * image, 0, 255)
+        image = np.clip(contrast * image + (1 - contrast) * (image @ luma).mean(), 0, 255)
+        image = np.clip(saturation * image + (1 - saturation) * (image @ luma)[:, :, None], 0, 255)
+        assert np.abs(recoloured[row].numpy() - image).max() < 1e-3
+        alone = recolour(torch.from_numpy(images[row : row + 1]), torch.from_numpy(factors[row : row + 1]))
+        assert torch.equal(alone[0], recoloured[row])  # whatever else is in the batch
+
+
+def test_colour_factors_lie_around_one() -> None:
+    rng = np.random.default_rng(11)
+    drawn = np.array([draw_colour(0.4, 3.0, 0.0, rng) for _ in range(500)])
+    assert drawn.dtype == np.float32 and (drawn[:, 2] == 1).all()
+    for factors, low, high in ((drawn[:, 0], 0.6, 1.4), (drawn[:, 1], 0.0, 4.0)):
+        near = (high - low) / 20
+        assert low <= factors.min() < low + near and high - near < factors.max() <= high
+
+
+def test_erased_boxes_have_the_share_and_the_area_asked_for() -> None:
+    rng, size = np.random.default_rng(12), 64
+    boxes = np.array([draw_erase(0.3, size, rng) for _ in range(1000)])
+    top, left, height, width = boxes[boxes[:, 2] > 0].T
+    assert boxes.dtype == np.int64 and 240 < len(top) < 360
+    assert (top + height <= size).all() and (left + width <= size).all() and min(top.min(), left.min()) == 0
+    area, aspect = height * width / size**2, width / height
+    assert 0.01 < area.min() < 0.04 and 0.3 < area.max() < 0.45
+    assert 0.25 < aspect.min() < 0.4 and 2.5 < aspect.max() < 4
+    assert not draw_erase(0.0, size, rng).any()
+
+
+def test_erasing_clears_the_box_and_nothing_else() -> None:
+    image = torch.rand(3, 8, 8, 2) + 1
+    erased = erase(image, torch.tensor([[0, 0, 0, 0], [2, 3, 4, 1], [6, 0, 2, 8]]))
+    expected = image.clone()
+    expected[1, 2:6, 3:4] = 0
+    expected[2, 6:8] = 0
+    assert torch.equal(erased, expected)

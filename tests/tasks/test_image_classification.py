@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
-from pipeline.data import index
+from pipeline.data import augment, index
 from pipeline.data.reader import Sample, open_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import Batch
@@ -132,6 +133,38 @@ def test_prepare_augments_only_with_a_generator(tmp_path: Path) -> None:
     assert task.augments and not task_of(mixup=1.0).augments  # mixup is drawn on the device, not by sample
 
 
+def test_colours_and_boxes_are_drawn_by_sample_and_applied_on_the_device(tmp_path: Path) -> None:
+    noise = np.random.default_rng(5).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    sample = sample_of(tmp_path / "one", noise, "1")
+    task = task_of(channels=3, colour={"brightness": 0.5, "saturation": 0.2}, erase=0.5, mean=[0.4, 0.5, 0.6])
+    prepared = [task.prepare(sample, np.random.default_rng(seed)) for seed in range(8)]
+    assert task.augments and task.prepare(sample, None).keys() == {"image", "label"}
+    assert all(np.array_equal(one["image"], noise) for one in prepared)
+    batch = {name: torch.from_numpy(np.stack([one[name] for one in prepared])) for name in prepared[0]}
+    assert batch["colour"].dtype == torch.float32 and len(batch["colour"].unique(dim=0)) == 8
+    assert batch["erase"].dtype == torch.int64 and 0 < (batch["erase"][:, 2] > 0).sum() < 8
+
+    class Seen(nn.Linear):
+        """Keeps the pixels that it is given."""
+
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            self.pixels = pixel_values
+            return SimpleNamespace(logits=super().forward(pixel_values.mean((2, 3))))
+
+    model = Seen(3, 4)
+    task.loss(model, batch)
+    recoloured = augment.recolour(batch["image"], batch["colour"]) / 255
+    expected = ((recoloured - torch.tensor([0.4, 0.5, 0.6])) / 0.5).permute(0, 3, 1, 2)
+    for row, (top, left, height, width) in enumerate(batch["erase"].tolist()):
+        expected[row, :, top : top + height, left : left + width] = 0
+    torch.testing.assert_close(model.pixels, expected)
+    whole = model.pixels
+    task.loss(model, {name: tensor[5:] for name, tensor in batch.items()})
+    assert torch.equal(model.pixels, whole[5:])  # whichever images share a micro batch
+
+    assert not task_of(colour={"contrast": 0.0}, erase=0.0).augments
+
+
 def test_channels_are_turned_into_what_the_network_takes(tmp_path: Path) -> None:
     grey = np.arange(144, dtype=np.uint8).reshape(12, 12)
     colour = np.stack([grey, np.full_like(grey, 10), np.full_like(grey, 200)], axis=2)
@@ -186,6 +219,9 @@ def test_options_that_transformers_does_not_know_are_refused(changes: dict[str, 
         ({"architecture": None}, "architecture"),
         ({"mean": [0.1, 0.2]}, "mean"),
         ({"channels": 2}, "channels"),
+        ({"colour": {"saturation": 0.1}}, "colour.saturation"),
+        ({"colour": {"hue": 0.1}}, "hue"),
+        ({"erase": 2}, "erase"),
         ({"padding": 2}, "padding"),
         ({"architecture": None, "pretrained": "folder"}, "model"),
     ],
