@@ -149,7 +149,7 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder
 def preview(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
     count: Annotated[int | None, typer.Option(min=1, help="Samples to show; 4, or 64 on a sheet.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Draw them into a new .png or .html file instead.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw them as a .html page, or pictures as a .png.")] = None,
 ) -> None:
     """Show what is in a data set: size, classes, shapes, and a few samples spread over all of it."""
     from pipeline import terminal

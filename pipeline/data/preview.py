@@ -1,4 +1,4 @@
-"""A look into a data set: a summary for the terminal, and its first samples as one picture or one page.
+"""A look into a data set: a summary for the terminal, and samples as one picture or one page (drawn by sheet.py).
 
 A few samples, spread evenly, stand for all; classes are counted by the card where there is one, else over at most
 `COUNTED` samples. Text is read with the tokenizer beside the shards. What it gives up: it checks nothing, that is what
@@ -7,9 +7,6 @@ A few samples, spread evenly, stand for all; classes are counted by the card whe
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
+from pipeline.data import sheet
 from pipeline.data.reader import Dataset, Sample, open_dataset
+from pipeline.data.sheet import Shown, Sound
+from pipeline.data.sound import Audio
 from pipeline.data.text import load_tokenizer
 from pipeline.errors import DataError
 
 COUNTED = 100_000  # samples whose class is read when no card tells
-TILE = 128  # pixels, side of one picture on a sheet
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "jpe", "png", "webp")
 
 
 def preview(folder: Path | str, count: int = 4) -> str:
@@ -53,14 +51,16 @@ def write_sheet(folder: Path | str, out: Path | str, count: int = 64) -> None:
     show = _Show(folder)
     with open_dataset(folder) as dataset:
         samples = _spread(dataset, count)
+        shown = [show.sample(sample) for sample in samples]
         if suffix == ".html":
-            out.write_text(_page(dataset, samples, show), encoding="utf-8")
-            return
-        if not any(_picture_field(sample) for sample in samples):
+            facts = [_size(dataset), *_card(folder), *_classes(dataset, folder)]
+            out.write_text(sheet.page(folder.resolve().name, facts, shown), encoding="utf-8")
+        elif any(sample.pictures for sample in shown):
+            sheet.draw(shown).save(out)
+        else:
             raise DataError(
                 f"{folder} holds no pictures but {', '.join(samples[0].fields)}; write a .html page instead"
             )
-        _sheet([(_thumbnail(sample), _title(sample, show)) for sample in samples]).save(out)
 
 
 class _Show:
@@ -70,11 +70,30 @@ class _Show:
         self.classes = _read_json(folder / "classes.json") or []
         self.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
+    def sample(self, sample: Sample) -> Shown:
+        """What a sheet shows of a sample: all pictures, all sounds, and in words the rest."""
+        title = f"{sample.number}: {self.class_name(sample['cls'])}" if "cls" in sample else f"{sample.number}"
+        pictures, sounds, words = [], [], []
+        for field in sample.fields:
+            kind, value = field.rpartition(".")[2], sample[field]
+            if kind in PICTURES:
+                pictures.append(value)
+            elif isinstance(value, Audio):
+                sounds.append(Sound(value, kind, sample.raw(field)))
+            elif isinstance(value, str):
+                words.append(value)
+            elif field != "cls":
+                words.append(f"{field}: {self.field(sample, field)}")
+        tokens = self.text(sample["npy"]) if "npy" in sample else None
+        return Shown(title, sample.key, pictures, sounds, "\n".join(words) if tokens is None else tokens)
+
     def field(self, sample: Sample, field: str, characters: int = 300) -> str:
         """One line on one field."""
         value = sample[field]
         if field == "cls":
             return self.class_name(value)
+        if isinstance(value, Audio):
+            return f"{sheet.sound_line(value)}, {len(sample.raw(field)):,} bytes"
         if isinstance(value, np.ndarray):
             text = self.text(value) if field == "npy" else None
             what = f"{value.dtype}[{', '.join(map(str, value.shape))}]"
@@ -149,8 +168,7 @@ def _shapes(samples: Sequence[Sample]) -> list[str]:
     for sample in samples:
         for field in sample.fields:
             value = sample[field]
-            what = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
-            shapes.setdefault(field, Counter())[what] += 1
+            shapes.setdefault(field, Counter())[_shape(value)] += 1
     lines = []
     for field, counts in shapes.items():
         common = ", ".join(f"{number} x {what}" for what, number in counts.most_common(4))
@@ -159,72 +177,10 @@ def _shapes(samples: Sequence[Sample]) -> list[str]:
     return lines
 
 
-def _picture_field(sample: Sample) -> str | None:
-    return next((field for field in sample.fields if field.rpartition(".")[2] in PICTURES), None)
-
-
-def _thumbnail(sample: Sample) -> Image.Image:
-    """The sample's picture in TILE x TILE, small ones enlarged by whole numbers so that pixels stay visible."""
-    tile = Image.new("RGB", (TILE, TILE), "#eeeeee")
-    field = _picture_field(sample)
-    if field is None:
-        return tile
-    pixels = sample[field]
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
-    scale = TILE / max(image.size)
-    scale = int(scale) if scale >= 1 else scale
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
-    tile.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
-    return tile
-
-
-def _title(sample: Sample, show: _Show) -> str:
-    return f"{sample.number}: {show.class_name(sample['cls'])}" if "cls" in sample else f"{sample.number}"
-
-
-def _sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """All tiles with their titles in a grid that is about square."""
-    columns = int(np.ceil(np.sqrt(len(tiles))))
-    rows = -(-len(tiles) // columns)
-    gap, caption = 8, 16
-    sheet = Image.new("RGB", (columns * (TILE + gap) + gap, rows * (TILE + caption + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (tile, title) in enumerate(tiles):
-        left, top = gap + i % columns * (TILE + gap), gap + i // columns * (TILE + caption + gap)
-        sheet.paste(tile, (left, top))
-        draw.text((left, top + TILE + 2), _short(title.encode("ascii", "replace").decode(), 21), fill="black")
-    return sheet
-
-
-def _page(dataset: Dataset, samples: Sequence[Sample], show: _Show) -> str:
-    """One HTML page that needs nothing beside it."""
-    items = [
-        f"<figure>{_body(sample, show)}<figcaption>{html.escape(_title(sample, show))}</figcaption></figure>"
-        for sample in samples
-    ]
-    head = html.escape(_size(dataset))
-    style = (
-        "body{font:14px sans-serif;margin:16px}main{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0}"
-        "figcaption{font-size:12px}"
-        "pre{width:38em;height:16em;overflow:auto;background:#eee;padding:8px;white-space:pre-wrap}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{head}</title><style>{style}</style>'
-        f"<h1>{html.escape(dataset.index.folder.name)}</h1><p>{head}</p><main>{''.join(items)}</main></html>\n"
-    )
-
-
-def _body(sample: Sample, show: _Show) -> str:
-    """The picture of a sample, else its text, else a line on each of its fields."""
-    if _picture_field(sample):
-        buffer = io.BytesIO()
-        _thumbnail(sample).save(buffer, format="PNG")
-        return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    text = show.text(sample["npy"]) if "npy" in sample else None
-    if text is None:
-        text = "\n".join(f"{field}: {show.field(sample, field)}" for field in sample.fields)
-    return f"<pre>{html.escape(text)}</pre>"
+def _shape(value: Any) -> str:
+    if isinstance(value, Audio):
+        return f"sound at {sheet.sound_kind(value)}"
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def _short(text: str, characters: int) -> str:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import base64
 import io
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data import index
 from pipeline.data.arrays import Arrays
 from pipeline.data.pack import pack_arrays
-from pipeline.data.preview import TILE, preview, write_sheet
+from pipeline.data.preview import preview, write_sheet
+from pipeline.data.sheet import TILE, WAVE
 from pipeline.data.text import Text, pack_text
 from pipeline.data.writer import Packing
 from pipeline.errors import DataError
+from tests.data.test_sound import RATE, written
+from tests.small_tars import write_tar
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +80,103 @@ def test_a_sheet_shows_the_pictures(pictures: Path, tmp_path: Path) -> None:
         assert centre.tolist() == [27 * i, 27 * i + 9, 27 * i + 18]
 
 
-def test_a_page_needs_nothing_beside_it(pictures: Path, texts: Path, tmp_path: Path) -> None:
-    write_sheet(pictures, tmp_path / "p.html", 4)
-    page = (tmp_path / "p.html").read_text()
-    found = re.findall(r'src="([^"]*)"', page)
-    assert len(found) == 4
-    for source in found:
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sounds of three formats, one too long to be played, and a sample that has everything."""
+    folder = tmp_path_factory.mktemp("mixed")
+    ramp = np.linspace(-0.25, 0.5, RATE // 2, dtype=np.float32)
+    png = io.BytesIO()
+    Image.fromarray(np.full((16, 8, 4), [255, 0, 0, 128], np.uint8)).save(png, "png")
+    members = [
+        ("0.wav", written(ramp, "wav")),
+        ("1.flac", written(np.stack([ramp, -ramp], 1), "flac")),
+        ("2.wav", written(np.tile(ramp, 26), "wav")),
+        ("3.wav", written(ramp[:0], "wav")),
+        ("4.png", png.getvalue()),
+        ("4.ogg", written(ramp, "ogg")),
+        ("4.txt", b"if a < b & c"),
+        ("4.seg.png", png.getvalue()),
+        ("4.json", b'{"box": 1}'),
+        ("4.cls", b"1"),
+    ]
+    write_tar(folder / "a.tar", members)
+    index.build(folder)
+    (folder / "classes.json").write_text('["dog", "<cat>"]')
+    return folder
+
+
+def test_summary_of_sounds(mixed: Path) -> None:
+    summary = preview(mixed, 5)
+    assert "  wav: 0.50 s at 8,000 Hz, 1 channel, peak 0.5, 8,044 bytes" in summary
+    assert "  flac: 0.50 s at 8,000 Hz, 2 channels, peak 0.5, " in summary
+    assert "  wav: 0.00 s at 8,000 Hz, 1 channel, peak 0, 44 bytes" in summary
+    assert "field wav, 5 samples looked at: 3 x sound at 8,000 Hz, 1 channel" in summary
+
+
+class Elements(HTMLParser):
+    """All elements of a page with their attributes, and the text in each kind."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self.found[-1][0], []).append(data)
+
+    def all(self, tag: str, attribute: str) -> list[str]:
+        return [attributes[attribute] or "" for found, attributes in self.found if found == tag]
+
+
+def test_a_page_shows_pictures_sounds_and_text(mixed: Path, tmp_path: Path) -> None:
+    write_sheet(mixed, tmp_path / "m.html")
+    page = (tmp_path / "m.html").read_text()
+    elements = Elements(page)
+    assert elements.all("img", "alt") == 2 * ["sample 4: 1 (<cat>), 8 by 16 pixels"]
+    for source in elements.all("img", "src"):
         head, _, data = source.partition(",")
-        assert head == "data:image/png;base64"
-        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (TILE, TILE)
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert head == "data:image/png;base64" and image.size == (TILE // 2, TILE)
+            assert image.getpixel((5, 5)) == (255, 0, 0, 128)
+    labels = elements.all("svg", "aria-label")
+    assert len(labels) == 5 and labels[0] == "waveform of sample 0: 0.50 s at 8,000 Hz, 1 channel, peak 0.5"
+    kinds = [source.partition(";")[0] for source in elements.all("audio", "src")]
+    assert kinds == ["data:audio/wav", "data:audio/flac", "data:audio/wav", "data:audio/ogg"]
+    assert base64.b64decode(elements.all("audio", "src")[0].partition(",")[2])[:4] == b"RIFF"
+    assert "13.00 s at 8,000 Hz, 1 channel, peak 0.5; 208,044 bytes, too many to play here" in elements.texts["p"]
+    assert elements.texts["pre"] == ["if a < b & c\njson: \"{'box': 1}\""]
+    assert "4: 1 (<cat>)" in elements.texts["figcaption"]
+    assert "prefers-color-scheme: dark" in page and not re.search(r"https?:|url\(|@import|<script|<link", page)
+
+
+def test_a_waveform_follows_the_sound(mixed: Path, tmp_path: Path) -> None:
+    """A ramp from -0.25 to 0.5, scaled to its peak: from half below the middle to the top."""
+    write_sheet(mixed, tmp_path / "m.html")
+    paths = Elements((tmp_path / "m.html").read_text()).all("path", "d")
+    points = [np.array([point.split() for point in path[1:-1].split("L")], dtype=float) for path in paths]
+    columns, height = WAVE
+    upper = points[0][: len(points[0]) // 2]
+    assert (np.diff(upper[:, 0]) > 0).all() and upper[0, 0] == 0 and upper[-1, 0] == columns
+    middle = height / 2
+    ramp = np.linspace(middle * (1 + 0.95 / 2), middle * 0.05, len(upper))
+    assert np.abs(upper[:, 1] - ramp).max() < 0.5
+    assert np.abs(points[1][: len(points[1]) // 2, 1] - np.minimum(ramp, height - ramp)).max() < 0.5  # both channels
+    assert (points[3][:, 1] == middle).all()
+
+
+def test_a_page_of_pictures_and_one_of_tokens(pictures: Path, texts: Path, tmp_path: Path) -> None:
+    write_sheet(pictures, tmp_path / "p.html", 4)
+    elements = Elements((tmp_path / "p.html").read_text())
+    assert elements.all("img", "alt")[0] == "sample 0: 0 (4), 8 by 4 pixels"
+    assert len(elements.all("img", "src")) == 4 and "pre" not in elements.texts
+    assert "packed from x.npz as arrays, split train, licence CC0" in elements.texts["p"]
     write_sheet(texts, tmp_path / "t.html", 2)
     page = (tmp_path / "t.html").read_text()
-    assert "if a &lt; b &amp; c: print(" in page and "src=" not in page
+    assert "if a &lt; b &amp; c: print(" in page and "src=" not in page and "starts.npy" not in page
 
 
 def test_what_cannot_be_shown(texts: Path, tmp_path: Path) -> None:
