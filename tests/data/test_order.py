@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import BLOCKS, ROUNDS, WINDOWS, Order, block_samples
+from pipeline.data.order import BLOCKS, ROUNDS, WINDOWS, Order, block_samples, places
 from pipeline.errors import ConfigError, DataError
 
 MASK = 2**64 - 1
@@ -30,7 +30,12 @@ def slow_key(seed: int, *parts: int) -> int:
 
 
 def slow_permutation(size: int, key: int) -> list[int]:
-    """Where each of 0..size-1 goes, one plain integer at a time."""
+    """Where each of 0..size-1 goes."""
+    return [slow_place(x, size, key) for x in range(size)]
+
+
+def slow_place(x: int, size: int, key: int) -> int:
+    """Where x of 0..size-1 goes, in plain integers."""
     a = isqrt(size) + (isqrt(size) ** 2 < size)
     b = ceil(size / a)
 
@@ -39,20 +44,14 @@ def slow_permutation(size: int, key: int) -> list[int]:
         bits = (bits ^ (bits >> 32)) * 0x94D049BB133111EB & MASK
         return (bits >> 32) * below >> 32
 
-    def once(x: int) -> int:
+    while True:
         right, left = divmod(x, a)
         for i in range(0, ROUNDS, 2):
             left = (left + part(right, i, a)) % a
             right = (right + part(left, i + 1, b)) % b
-        return right * a + left
-
-    result = []
-    for x in range(size):
-        x = once(x)
-        while x >= size:
-            x = once(x)
-        result.append(x)
-    return result
+        x = right * a + left
+        if x < size:
+            return x
 
 
 @lru_cache(maxsize=64)
@@ -150,6 +149,17 @@ def test_any_step_of_any_size_is_found_at_once(samples: int, block: int, lanes: 
     assert len({*zip(epochs.tolist(), numbers.tolist())}) == 4 * lanes
     first = 4 * lanes * step
     assert set(epochs.tolist()) <= set(range(first // samples, (first + 4 * lanes - 1) // samples + 1))
+
+
+def test_rows_of_several_data_sets_in_one_call_are_those_of_each():
+    several = [Order(n, block, 5, 16, seed=3) for n, block in ((1003, 10), (2, 1), (1003, 7), (97, 200))]
+    turn, position = np.tile(np.arange(4), 250), np.repeat(np.arange(250), 4)
+    lane = position % 5
+    samples, block = (np.array([getattr(order, name) for order in several]) for name in ("samples", "block"))
+    epochs, numbers = places(samples[turn], block[turn], 5, several[0].window_blocks, 3, lane, position)
+    for i, order in enumerate(several):
+        alone = order.at(lane[turn == i], position[turn == i])
+        assert [epochs[turn == i].tolist(), numbers[turn == i].tolist()] == [column.tolist() for column in alone]
 
 
 def test_epochs_windows_and_seeds_differ():
