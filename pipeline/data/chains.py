@@ -79,15 +79,15 @@ class Segment:
         """Rows that a lane gives to each step."""
         return self.global_batch // self.lanes
 
-    def rows(self, step: int, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(sources, epochs, numbers) of rows int64[k] of a step. ConfigError when 64 bits do not hold the way there."""
+    def rows(self, step: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(sources, epochs, numbers) of rows int64[k] of steps int64[k]. ConfigError when 64 bits do not hold them."""
         steps = step - self.step
-        if (steps + 1) * self.depth > self._most_draws:
-            raise ConfigError(f"order: the numbers of step {step} overflow 64-bit arithmetic; end the run before")
+        if (int(steps[-1]) + 1) * self.depth > self._most_draws:
+            raise ConfigError(f"order: the numbers of step {step[-1]} overflow 64-bit arithmetic; end the run before")
         lane = row // self.depth
         source, position = drawn(self.draws, self.seed, lane, steps * self.depth + row % self.depth)
         part, position = self._along(source, lane, position + self._bases[source, lane])
-        _, samples, block = self._parts[:, part]
+        _, samples, block = self._parts[:, part if (part != part[0]).any() else part[:1]]
         return source, *places(samples, block, self.lanes, self.window_blocks, self.seed, lane, position)
 
     def consumed(self, step: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.data.reader import Dataset, Sample, SampleError
-from pipeline.data.samples import Empty, Samples
+from pipeline.data.samples import Empty, Lookup, Samples
 from pipeline.errors import DataError, MillstreamError
 
 Prepare = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]]
@@ -37,6 +37,8 @@ class Rows(NamedTuple):
     epochs: np.ndarray  # int64[m], of that data set
     numbers: np.ndarray  # int64[m], in that data set
     where: str  # for messages
+    lookup: Lookup | None = None  # where they lie, among others,
+    low: int = 0  # from this place on
 
 
 class Substitution(NamedTuple):
@@ -86,17 +88,31 @@ class Fill:
         """Raises DataError naming sample, step, micro batch and row; a bug in the task keeps its type and traceback."""
         if substitutes:
             pairs = zip(rows.sources.tolist(), rows.numbers.tolist())
-            rows = rows._replace(numbers=np.array([substitutes.get(pair, pair[1]) for pair in pairs], np.int64))
+            numbers = np.array([substitutes.get(pair, pair[1]) for pair in pairs], np.int64)
+            if (numbers != rows.numbers).any():
+                rows = rows._replace(numbers=numbers, lookup=None, low=0)
         empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
         if self.gather is not None and self.seed is None:
             try:
-                arrays = self.gather(Samples(self.datasets, rows.sources, rows.numbers, empty))
+                lookup = rows.lookup or Lookup(self.datasets, rows.sources, rows.numbers)
+                arrays = self.gather(Samples(lookup, rows.low, rows.low + len(rows.numbers), empty))
             except DataError:
                 arrays = None  # one by one, the bad sample is named, or replaced
             if arrays is not None:
                 batch = {name: _tensor(name, array, empty) for name, array in arrays.items()}
                 return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch)
         return self._one_by_one(rows, substitutes, empty, stopped)
+
+    def lookup(self, sources: np.ndarray, numbers: np.ndarray) -> Lookup | None:
+        """Where the samples of several micro batches to come lie; None when that is not needed, or wants a closer look.
+
+        Too many shards are one reason: all of them would have to be mapped at once.
+        """
+        if self.gather is None or self.seed is not None:
+            return None
+        with suppress(DataError):  # whoever needs that shard says what is wrong with it
+            return Lookup(self.datasets, sources, numbers)
+        return None
 
     def _one_by_one(
         self, rows: Rows, substitutes: Substitutes, empty: Empty, stopped: Callable[[], bool]

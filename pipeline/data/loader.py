@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from threading import Lock
 from types import TracebackType
 from typing import Protocol
 
@@ -19,14 +20,17 @@ import numpy as np
 
 from pipeline.data.ahead import Ahead
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes
+from pipeline.data.samples import Lookup
 from pipeline.errors import ConfigError, DataError
+
+PLANNED_ROWS = 4096  # places in the order that are computed together: one by one each costs many times more
 
 
 class Order(Protocol):
     """Which sample stands where; mixture.Mixture is one."""
 
-    def rows(self, step: int, j: int, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sources, epochs and numbers, int64[micro_batch] each, of micro batch j of a step."""
+    def plan(self, steps: range, own: range, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sources, epochs and numbers, int64[steps, own, micro_batch] each, of micro batches `own` of all `steps`."""
         ...
 
 
@@ -69,10 +73,8 @@ class Loader:
         self._micro_steps = -(-micro_batches // world_size)
         self._next_step = start_step
 
-        def rows(step: int, j: int) -> Rows:
-            return Rows(j, *order.rows(step, j, micro_batch_size), f"step {step}, micro batch {j}")
-
-        plans = (partial(rows, step, j) for step in count(start_step) for j in self._own)
+        planned = _Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
+        plans = (partial(planned.rows, step, j) for step in count(start_step) for j in self._own)
         depth = max(prefetch, len(self._own))
         self._ahead = Ahead(fill, plans, threads=threads, processes=processes, depth=depth, substitutes=substitutes)
 
@@ -102,6 +104,33 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Planned:
+    """The rows of micro batches to come, for several steps at a time. Threads share it."""
+
+    def __init__(self, order: Order, fill: Fill, own: range, micro_batch: int, start_step: int, looks_up: bool) -> None:
+        self._order, self._fill, self._own, self._micro_batch = order, fill, own, micro_batch
+        self._start, self._looks_up = start_step, looks_up
+        self._steps = max(1, PLANNED_ROWS // (len(own) * micro_batch))
+        self._lock = Lock()
+        self._turns: dict[int, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], Lookup | None]] = {}
+
+    def rows(self, step: int, j: int) -> Rows:
+        turn, place = divmod(step - self._start, self._steps)
+        with self._lock:
+            if turn not in self._turns:
+                first = self._start + turn * self._steps
+                columns = self._order.plan(range(first, first + self._steps), self._own, self._micro_batch)
+                sources, _, numbers = columns
+                lookup = self._fill.lookup(sources.ravel(), numbers.ravel()) if self._looks_up else None
+                self._turns = {turn - 1: self._turns[turn - 1]} if turn - 1 in self._turns else {}
+                self._turns[turn] = columns, lookup
+            columns, lookup = self._turns[turn]
+        k = j - self._own[0]
+        sources, epochs, numbers = (column[place, k] for column in columns)
+        low = (place * len(self._own) + k) * self._micro_batch
+        return Rows(j, sources, epochs, numbers, f"step {step}, micro batch {j}", lookup, low)
 
 
 def evaluation_batches(

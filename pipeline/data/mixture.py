@@ -88,16 +88,31 @@ class Mixture:
         micro batch j holds rows [j * m, (j + 1) * m). A source is an index into the segment's, a number counts inside
         its data set. Raises ConfigError when the micro batch does not divide the global batch, or 64 bits overflow.
         """
-        segment = next((segment for segment in reversed(self.segments) if segment.step <= step), self.segments[0])
+        columns = self.plan(range(step, step + 1), range(j, j + 1), micro_batch)
+        sources, epochs, numbers = (column[0, 0] for column in columns)
+        return sources, epochs, numbers
+
+    def plan(self, steps: range, own: range, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`rows` of micro batches `own` of all `steps`, int64[steps, own, micro_batch] each: many at once cost less.
+
+        Raises what `rows` raises, and IndexError when another order begins inside `steps`.
+        """
+        segment = next((segment for segment in reversed(self.segments) if segment.step <= steps[0]), self.segments[0])
         batch = segment.global_batch
         if micro_batch < 1 or batch % micro_batch:
             raise ConfigError(
                 f"order: micro batches of {micro_batch} must divide the global batch of {batch}: change "
                 "micro_batch_size or global_batch_size"
             )
-        if step < 0 or not 0 <= j < batch // micro_batch:
-            raise IndexError(f"no micro batch {j} in step {step}: {batch // micro_batch} per step, from 0")
-        return segment.rows(step, np.arange(j * micro_batch, (j + 1) * micro_batch, dtype=np.int64))
+        if steps[0] < 0 or own[0] < 0 or own[-1] >= batch // micro_batch:
+            raise IndexError(f"no micro batch {own[-1]} in step {steps[0]}: {batch // micro_batch} per step, from 0")
+        if any(steps[0] < later.step <= steps[-1] for later in self.segments):
+            raise IndexError(f"another order begins inside steps {steps[0]} to {steps[-1]}")
+        row = np.arange(own[0] * micro_batch, (own[-1] + 1) * micro_batch, dtype=np.int64)
+        step = np.arange(steps[0], steps[-1] + 1, dtype=np.int64)
+        found = segment.rows(np.repeat(step, len(row)), np.tile(row, len(step)))
+        sources, epochs, numbers = (column.reshape(len(steps), len(own), micro_batch) for column in found)
+        return sources, epochs, numbers
 
     @property
     def shares(self) -> list[tuple[str, int, int]]:

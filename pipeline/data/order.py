@@ -110,8 +110,9 @@ class Order:
 
     def at(self, lane: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sample numbers, int64[k] each, at positions int64[k] of lanes int64[k]."""
-        samples, block = np.full_like(lane, self.samples), np.full_like(lane, self.block)
-        return places(samples, block, self.lanes, self.window_blocks, self.seed, lane, position)
+        return places(
+            np.array([self.samples]), np.array([self.block]), self.lanes, self.window_blocks, self.seed, lane, position
+        )
 
 
 def places(
@@ -123,7 +124,10 @@ def places(
     lane: np.ndarray,
     position: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`Order.at` where every row may be of another data set: int64[k] each but for the three that orders share."""
+    """`Order.at` where every row may be of another data set: int64[k] each but for the three that orders share.
+
+    `samples` and `block` are int64[1] when all rows are of one data set; dividing by one number is much faster.
+    """
     epoch = (position * lanes + lane) // samples
     first = (epoch * samples + lanes - 1 - lane) // lanes  # the lane's first position in this epoch
     count = ((epoch + 1) * samples + lanes - 1 - lane) // lanes - first
@@ -159,20 +163,27 @@ def _number(samples: np.ndarray, block: np.ndarray, seed: int, epoch: np.ndarray
     """Sample numbers at places of the permuted epoch. Only the last block may be short; its new place is q."""
     blocks = -(-samples // block)
     short = samples - (blocks - 1) * block
-    key, q = _last_blocks(seed, blocks, epoch)
+    which, key, q = _last_blocks(seed, blocks, epoch)
     after = place >= q * block + short
     rank = np.where(after, (place - short) // block + 1, np.minimum(place // block, q))
     start = np.where(after, (rank - 1) * block + short, rank * block)
-    return permute(rank, blocks, key) * block + place - start
+    # Rows that lie near each other are of a few blocks, which are permuted once each.
+    _, first, back = np.unique(which * blocks.max() + rank, return_index=True, return_inverse=True)
+    moved = permute(rank[first], np.broadcast_to(blocks, rank.shape)[first], key[first])
+    return moved[back] * block + place - start
 
 
-def _last_blocks(seed: int, blocks: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`_last_block` of each row, looked up once for each pair of `blocks` and `epoch` that there is."""
-    _, one = np.unique(blocks, return_inverse=True)
-    _, other = np.unique(epoch, return_inverse=True)
-    _, rows, back = np.unique(one * len(epoch) + other, return_index=True, return_inverse=True)
-    found = [_last_block(seed, int(blocks[row]), int(epoch[row])) for row in rows]
-    return np.array([key for key, _ in found], np.uint64)[back], np.array([q for _, q in found], np.int64)[back]
+def _last_blocks(seed: int, blocks: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The number of each row's pair of `blocks` and `epoch`, and `_last_block` of it, looked up once for each pair."""
+    if not epoch.size or ((blocks[0] == blocks).all() and (epoch[0] == epoch).all()):
+        found = [_last_block(seed, int(blocks[0]), int(epoch[0]))] if epoch.size else []
+        back = np.zeros_like(epoch)
+    else:
+        blocks, epoch = np.broadcast_arrays(blocks, epoch)
+        pairs, back = np.unique(np.stack([blocks, epoch]), axis=1, return_inverse=True)
+        found = [_last_block(seed, int(pair[0]), int(pair[1])) for pair in pairs.T]
+    key, q = np.array([key for key, _ in found], np.uint64), np.array([q for _, q in found], np.int64)
+    return back, key[back], q[back]
 
 
 @lru_cache(maxsize=1024)  # only to save time: a micro batch needs one or two epochs, again and again
@@ -204,6 +215,8 @@ def _walk(cipher: Any, x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.n
     b = (unsigned + a - np.uint64(1)) // a
     y = cipher(x.astype(np.uint64), a, b, key)
     outside = np.flatnonzero(y >= unsigned)
+    if outside.size:
+        unsigned, a, b, key = np.broadcast_arrays(unsigned, a, b, key)
     while outside.size:
         y[outside] = cipher(y[outside], a[outside], b[outside], key[outside])
         outside = outside[y[outside] >= unsigned[outside]]
@@ -215,9 +228,9 @@ def _encrypt(x: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np
     keys = key + STEPS
     for i in range(0, ROUNDS, 2):
         left += _round(right, keys[i], a)
-        left %= a
+        _wrap(left, a)
         right += _round(left, keys[i + 1], b)
-        right %= b
+        _wrap(right, b)
     return right * a + left
 
 
@@ -226,10 +239,15 @@ def _decrypt(y: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np
     keys = key + STEPS
     for i in range(ROUNDS - 2, -1, -2):
         right += b - _round(left, keys[i + 1], b)
-        right %= b
+        _wrap(right, b)
         left += a - _round(right, keys[i], a)
-        left %= a
+        _wrap(left, a)
     return right * a + left
+
+
+def _wrap(x: np.ndarray, size: np.ndarray) -> None:
+    """x modulo `size` in place, x being below twice that: below zero unsigned numbers are large. Division is slow."""
+    np.minimum(x, x - size, out=x)
 
 
 def _round(x: np.ndarray, key: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -1,7 +1,10 @@
 """The samples of a micro batch, read all at once: many times faster than one by one, and with the same result.
 
 numbers -> shards and rows, in one search -> places of a field, shard by shard -> bytes, digests compared -> a column:
-views of the tars (`raw`), whole numbers that the index holds (`values`), or equal arrays gathered into rows (`array`).
+views of the tars (`raw`), whole numbers that the index holds (`values`), or equal arrays stacked (`array`).
+
+A `Lookup` finds where the fields of many samples lie; that costs little more for thousands than for one, so the loader
+makes one for several micro batches to come. `Samples` reads those of one micro batch.
 
 What it gives up: a column of samples that are not alike. It is None then, and the samples are read one by one.
 """
@@ -9,34 +12,39 @@ What it gives up: a column of samples that are not alike. It is None then, and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pipeline.data.decode import npy_header
-from pipeline.data.reader import Dataset, Mapped, Sample
-from pipeline.errors import DataError
+from pipeline.data.reader import Dataset, Mapped, Sample, SampleError
 
-NPY_START = 128  # bytes of an npy header as numpy writes it; only then are rows gathered at once
+NPY_START = 128  # bytes of an npy header as numpy writes it; only then are rows stacked at once
 
 Empty = Callable[[str, tuple[int, ...], Any], np.ndarray]  # (name, shape, dtype) -> a buffer
 
 
-class Samples:
-    """The samples of one micro batch, read all at once: whole columns of bytes, whole numbers or equal arrays.
+class Column(NamedTuple):
+    """Where a field of k samples lies: the bytes [begin, end) of the tar of that number, and their xxh3_64."""
 
-    Row i is sample `numbers[i]`. What cannot be had as a column is None, and the samples are then read one by one,
-    which says more. Raises DataError for a shard that cannot be read and for bytes that are not those indexed.
+    tars: list[int]
+    begins: list[int]
+    ends: list[int]
+    digests: list[int]
+    lengths: np.ndarray  # int64[k]
+
+
+class Lookup:
+    """Where the fields of samples int64[k] of data sets int64[k] lie. Threads may share it; its shards stay mapped.
+
+    Raises DataError for a shard that cannot be read.
     """
 
-    def __init__(
-        self, datasets: Sequence[Dataset], sources: np.ndarray, numbers: np.ndarray, empty: Empty | None = None
-    ) -> None:
-        self.numbers = numbers  # int64[m]
-        self._datasets, self._sources = datasets, sources
-        self._empty: Empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
-        self._parts: list[tuple[Mapped, np.ndarray, np.ndarray]] = []  # shard, places here, rows there
+    def __init__(self, datasets: Sequence[Dataset], sources: np.ndarray, numbers: np.ndarray) -> None:
+        self.datasets, self.sources, self.numbers = datasets, sources, numbers
+        self.parts: list[tuple[Mapped, np.ndarray, np.ndarray]] = []  # shard, places among the k, rows in the shard
         for source in np.unique(sources).tolist() if len(datasets) > 1 else [0]:
             dataset = datasets[source]
             places = np.flatnonzero(sources == source)
@@ -44,8 +52,54 @@ class Samples:
             order = np.argsort(shards, kind="stable")
             distinct, first = np.unique(shards[order], return_index=True)
             for shard, chosen in zip(distinct.tolist(), np.split(order, first[1:])):
-                self._parts.append((dataset.mapped(shard), places[chosen], rows[chosen]))
-        self._check = all(dataset.check_digests for dataset in datasets)
+                self.parts.append((dataset.mapped(shard), places[chosen], rows[chosen]))
+        self._columns: dict[str, Column | None] = {}
+        self._values: dict[str, np.ndarray | None] = {}
+
+    def column(self, field: str) -> Column | None:
+        """None when one of the samples lacks the field."""
+        if field not in self._columns:
+            self._columns[field] = self._column(field)
+        return self._columns[field]
+
+    def _column(self, field: str) -> Column | None:
+        begins, ends, tars = (np.empty(len(self.numbers), np.int64) for _ in range(3))
+        digests = np.empty(len(self.numbers), np.uint64)
+        for number, (shard, places, rows) in enumerate(self.parts):
+            table = shard.segment.table[records] if (records := shard.segment.column(field)[rows]).min() >= 0 else None
+            if table is None:
+                return None
+            begins[places], digests[places], tars[places] = table["offset"], table["digest"], number
+            ends[places] = table["offset"] + table["length"]
+        return Column(tars.tolist(), begins.tolist(), ends.tolist(), digests.tolist(), ends - begins)
+
+    def values(self, field: str) -> np.ndarray | None:
+        """int64[k], whole numbers that the index holds (such as cls); None when it does not hold all of them."""
+        if field not in self._values:
+            found: np.ndarray | None = np.empty(len(self.numbers), np.int64)
+            for shard, places, rows in self.parts:
+                held = shard.segment.values(field)
+                if held is None:
+                    found = None
+                    break
+                found[places] = held[rows]
+            self._values[field] = found
+        return self._values[field]
+
+
+class Samples:
+    """The samples of one micro batch: those from `low` to `high` of a lookup, as whole columns.
+
+    Row i is sample `numbers[i]`. What cannot be had as a column is None, and the samples are then read one by one,
+    which says more. Raises DataError for bytes that are not those indexed.
+    """
+
+    def __init__(self, lookup: Lookup, low: int = 0, high: int | None = None, empty: Empty | None = None) -> None:
+        self._lookup = lookup
+        self._range = slice(low, len(lookup.numbers) if high is None else high)
+        self.numbers = lookup.numbers[self._range]  # int64[m]
+        self._empty: Empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
+        self._check = all(dataset.check_digests for dataset in lookup.datasets)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -54,7 +108,7 @@ class Samples:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, row: int) -> Sample:
-        return self._datasets[self._sources[row]].sample(int(self.numbers[row]))
+        return self._lookup.datasets[self._lookup.sources[self._range][row]].sample(int(self.numbers[row]))
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """A buffer for the values of `name`, to be filled and given back as the micro batch's; its content is old."""
@@ -62,74 +116,56 @@ class Samples:
 
     def values(self, field: str) -> np.ndarray | None:
         """int64[m], whole numbers that the index holds (such as cls); None when it does not hold all of them."""
-        found = np.empty(len(self), np.int64)
-        for shard, places, rows in self._parts:
-            held = shard.segment.values(field)
-            if held is None:
-                return None
-            found[places] = held[rows]
-        return found
+        values = self._lookup.values(field)
+        return None if values is None else values[self._range]
 
     def raw(self, field: str) -> list[memoryview] | None:
         """The bytes of a field of every sample, checked, without a copy; None when a sample lacks it."""
-        found: list[Any] = [None] * len(self)
-        check = self._check
-        for shard, places, rows in self._parts:
-            table = self._table(shard, rows, field)
-            if table is None:
-                return None
-            begins, lengths, digests = (table[name].tolist() for name in ("offset", "length", "digest"))
-            tar = shard.tar
-            for place, begin, length, digest in zip(places.tolist(), begins, lengths, digests):
-                found[place] = data = tar[begin : begin + length]
-                if check and xxh3_64_intdigest(data) != digest:
-                    raise self._changed(place, field)
-        return found
+        views = self._views(field)
+        if views is not None and self._check:
+            self._compare(field, list(map(xxh3_64_intdigest, views)))
+        return views
 
     def array(self, field: str) -> np.ndarray | None:
         """The arrays of an npy field stacked, [m, ...]; None when they are not all of one type and shape."""
-        copied = self._rows(field)  # uint8[m, bytes]
-        if copied is None or copied.shape[1] < NPY_START or (copied[:, :NPY_START] != copied[0, :NPY_START]).any():
+        column = self._lookup.column(field)
+        lengths = None if column is None else column.lengths[self._range]
+        length = 0 if lengths is None else int(lengths[0])
+        views = None if length < NPY_START or (lengths != length).any() else self._views(field)
+        if views is None:
             return None
-        dtype, shape, order, begin = npy_header(memoryview(copied[0]))
-        if begin != NPY_START or order != "C" or dtype.itemsize * int(np.prod(shape)) != copied.shape[1] - begin:
+        joined = bytearray().join(views)
+        if self._check:  # what is used, not what was copied; it is still in the cache
+            flat = memoryview(joined)
+            self._compare(field, list(map(xxh3_64_intdigest, map(flat.__getitem__, _rows(len(views), length)))))
+        rows = np.frombuffer(joined, np.uint8).reshape(len(views), length)
+        dtype, shape, order, begin = npy_header(views[0])
+        if (rows[:, :NPY_START] != rows[0, :NPY_START]).any() or begin != NPY_START or order != "C":
             return None
-        return copied[:, begin:].view(dtype).reshape(len(self), *shape) if dtype.itemsize else None
+        if not dtype.itemsize or dtype.itemsize * int(np.prod(shape)) != length - begin:
+            return None
+        return rows[:, begin:].view(dtype).reshape(len(views), *shape)
 
-    def _rows(self, field: str) -> np.ndarray | None:
-        """uint8[m, bytes], the bytes of a field in rows; None when their lengths differ. What is copied is checked."""
-        copied, digests = None, np.empty(len(self), np.uint64)
-        for shard, places, rows in self._parts:
-            table = self._table(shard, rows, field)
-            if table is None:
-                return None
-            length = int(table["length"][0])
-            copied = self.empty(field, (len(self), length), np.uint8) if copied is None else copied
-            if length != copied.shape[1] or (table["length"] != length).any() or not length:
-                return None
-            tar = np.frombuffer(shard.tar, np.uint8)
-            # Every place of the tar as the beginning of a row; numpy copies only the rows that are asked for.
-            starts = np.lib.stride_tricks.as_strided(tar, (len(tar) - length + 1, length), (1, 1), writeable=False)
-            copied[places] = starts[table["offset"]]
-            digests[places] = table["digest"]
-        if copied is not None and self._check:
-            flat, length = copied.data.cast("B"), copied.shape[1]
-            found = [xxh3_64_intdigest(flat[at : at + length]) for at in range(0, len(flat), length)]
-            wrong = np.flatnonzero(np.array(found, np.uint64) != digests)
-            if len(wrong):
-                raise self._changed(int(wrong[0]), field)
-        return copied
+    def _views(self, field: str) -> list[memoryview] | None:
+        column = self._lookup.column(field)
+        if column is None:
+            return None
+        part = self._range
+        tars = [shard.tar for shard, _, _ in self._lookup.parts]
+        return [tars[t][b:e] for t, b, e in zip(column.tars[part], column.begins[part], column.ends[part])]
 
-    @staticmethod
-    def _table(shard: Mapped, rows: np.ndarray, field: str) -> np.ndarray | None:
-        """FIELD[k], where the field of these rows lies; None when one of them lacks it."""
-        records = shard.segment.column(field)[rows]
-        return None if (records < 0).any() else shard.segment.table[records]
+    def _compare(self, field: str, read: list[int]) -> None:
+        """Raises what reading the first sample that is not as indexed says by itself."""
+        column = self._lookup.column(field)
+        assert column is not None
+        noted = column.digests[self._range]
+        if read != noted:
+            row = next(row for row, digest in enumerate(read) if digest != noted[row])
+            self[row].raw(field)
+            raise SampleError(f"sample {self.numbers[row]}: the bytes of {field} changed while they were read")
 
-    def _changed(self, place: int, field: str) -> DataError:
-        """What reading this one sample says."""
-        try:
-            self[place].raw(field)
-        except DataError as error:
-            return error
-        return DataError(f"sample {self.numbers[place]}: its bytes changed while they were read")
+
+@lru_cache(maxsize=64)
+def _rows(count: int, length: int) -> list[slice]:
+    """Where the rows of a flat buffer lie."""
+    return [slice(at, at + length) for at in range(0, count * length, length)]

@@ -15,9 +15,9 @@ What it gives up: several labels per image, images that are not square.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pipeline.data.reader import Sample
+    from pipeline.data.samples import Samples
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 HEAD = "image classification"
@@ -94,24 +95,6 @@ class Config(Strict):
         if self.colour.saturation and self.channels == 1:
             raise ValueError("`colour.saturation` is of colours, and `channels` is 1; remove it")
         return self
-
-
-class Samples(Protocol):
-    """The samples of one micro batch, as the loader has them."""
-
-    def __len__(self) -> int: ...
-
-    def raw(self, field: str) -> Sequence[memoryview] | None:
-        """The checked bytes of that field of every sample; None when one lacks it."""
-        ...
-
-    def values(self, field: str) -> np.ndarray | None:
-        """int64 [m] of a field of small whole numbers, from the index; None when they are not there."""
-        ...
-
-    def empty(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An array to fill for this key of the batch."""
-        ...
 
 
 class Task:

@@ -15,7 +15,7 @@ from pipeline.data import index
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes, candidates
 from pipeline.data.loader import Loader
 from pipeline.data.reader import Sample, SampleError, open_dataset
-from pipeline.data.samples import Samples
+from pipeline.data.samples import Lookup, Samples
 from pipeline.errors import DataError
 from tests.data.small_loader import BLOCK, SAMPLES, content, gathered, loader, npy, order, plain, write
 
@@ -152,7 +152,7 @@ def test_samples_are_those_read_one_by_one(tmp_path: Path) -> None:
     datasets = [open_dataset(write(tmp_path / "a")), open_dataset(write(tmp_path / "b"))]
     rng = np.random.default_rng(3)
     sources, numbers = rng.integers(0, 2, 50), rng.integers(0, SAMPLES, 50)
-    samples = Samples(datasets, sources, numbers)
+    samples = Samples(Lookup(datasets, sources, numbers))
     one_by_one = [datasets[s].sample(int(n)) for s, n in zip(sources, numbers)]
     assert [sample.key for sample in samples] == [sample.key for sample in one_by_one]
     raw, stacked = samples.raw("npy"), samples.array("npy")
@@ -163,7 +163,7 @@ def test_samples_are_those_read_one_by_one(tmp_path: Path) -> None:
 
 def test_columns_check_digests_too(folder: Path) -> None:
     with open_dataset(folder) as dataset:
-        samples = Samples([dataset], np.zeros(2, np.int64), np.array([1, 40]))
+        samples = Samples(Lookup([dataset], np.zeros(2, np.int64), np.array([1, 40])))
         for read in (samples.raw, samples.array):
             with pytest.raises(SampleError, match=r"s0040.npy.*not those that were indexed"):
                 read("npy")
@@ -190,7 +190,7 @@ def test_arrays_of_other_shapes_are_not_stacked(tmp_path: Path) -> None:
     with open_dataset(tmp_path / "train") as dataset:
 
         def stacked(*numbers: int) -> np.ndarray | None:
-            return Samples([dataset], np.zeros(len(numbers), np.int64), np.array(numbers)).array("npy")
+            return Samples(Lookup([dataset], np.zeros(len(numbers), np.int64), np.array(numbers))).array("npy")
 
         both = stacked(0, 1)
         assert both is not None and both.tolist() == [[0, 1, 2, 3]] * 2

@@ -108,9 +108,9 @@ def test_work_is_done_off_the_main_thread(dataset: Dataset) -> None:
     threads: set[str] = set()
 
     class Watched:
-        def rows(self, step: int, j: int, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def plan(self, steps: range, own: range, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             threads.add(threading.current_thread().name)
-            return order(2, 2).rows(step, j, micro_batch)
+            return order(2, 2).plan(steps, own, micro_batch)
 
     def prepare(sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         threads.add(threading.current_thread().name)
