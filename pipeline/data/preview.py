@@ -23,6 +23,7 @@ from pipeline.data.text import load_tokenizer
 from pipeline.errors import DataError
 
 COUNTED = 100_000  # samples whose class is read when no card tells
+PAGE_CHARACTERS = 20_000  # of one sample's text on a page
 PICTURES = ("jpg", "jpeg", "jpe", "png", "webp")
 
 
@@ -85,7 +86,8 @@ class _Show:
             elif field != "cls":
                 words.append(f"{field}: {self.field(sample, field)}")
         tokens = self.text(sample["npy"]) if "npy" in sample else None
-        return Shown(title, sample.key, pictures, sounds, "\n".join(words) if tokens is None else tokens)
+        text = "\n".join(words) if tokens is None else tokens
+        return Shown(title, sample.key, pictures, sounds, _short(text, PAGE_CHARACTERS))
 
     def field(self, sample: Sample, field: str, characters: int = 300) -> str:
         """One line on one field."""

@@ -98,6 +98,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("4.seg.png", png.getvalue()),
         ("4.json", b'{"box": 1}'),
         ("4.cls", b"1"),
+        ("5.txt", b"long " * 9000),
     ]
     write_tar(folder / "a.tar", members)
     index.build(folder)
@@ -106,11 +107,11 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_summary_of_sounds(mixed: Path) -> None:
-    summary = preview(mixed, 5)
+    summary = preview(mixed, 6)
     assert "  wav: 0.50 s at 8,000 Hz, 1 channel, peak 0.5, 8,044 bytes" in summary
     assert "  flac: 0.50 s at 8,000 Hz, 2 channels, peak 0.5, " in summary
     assert "  wav: 0.00 s at 8,000 Hz, 1 channel, peak 0, 44 bytes" in summary
-    assert "field wav, 5 samples looked at: 3 x sound at 8,000 Hz, 1 channel" in summary
+    assert "field wav, 6 samples looked at: 3 x sound at 8,000 Hz, 1 channel" in summary
 
 
 class Elements(HTMLParser):
@@ -148,7 +149,8 @@ def test_a_page_shows_pictures_sounds_and_text(mixed: Path, tmp_path: Path) -> N
     assert kinds == ["data:audio/wav", "data:audio/flac", "data:audio/wav", "data:audio/ogg"]
     assert base64.b64decode(elements.all("audio", "src")[0].partition(",")[2])[:4] == b"RIFF"
     assert "13.00 s at 8,000 Hz, 1 channel, peak 0.5; 208,044 bytes, too many to play here" in elements.texts["p"]
-    assert elements.texts["pre"] == ["if a < b & c\njson: \"{'box': 1}\""]
+    assert elements.texts["pre"][0] == "if a < b & c\njson: \"{'box': 1}\""
+    assert len(elements.texts["pre"][1]) == 20_000 and elements.texts["pre"][1].endswith("lo...")
     assert "4: 1 (<cat>)" in elements.texts["figcaption"]
     assert "prefers-color-scheme: dark" in page and not re.search(r"https?:|url\(|@import|<script|<link", page)
 
