@@ -80,7 +80,8 @@ def jpeg_into(data: bytes | memoryview, out: np.ndarray) -> bool:
     """Decode a JPEG straight into `out`, uint8[height, width, 1 or 3] and contiguous, if it has exactly that shape.
 
     What is written is what `decode` gives. False when the picture has another shape or colours, is damaged, or has an
-    unusual header: `decode` tells which. `out` is untouched then, or half written by a damaged one.
+    unusual header: `decode` tells which. `out` is untouched then, or half written by a damaged one. Rows of pixels that
+    begin at a multiple of 32 bytes cost a tenth more at 64 pixels: libjpeg-turbo writes those around the cache.
     """
     shape = out.shape
     try:
