@@ -1,4 +1,4 @@
-"""`millstream data`: pack, index, verify, preview. See cli.py for how commands are written."""
+"""`millstream data`: pack, index, verify, stats, preview. See cli.py for how commands are written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.data.parallel import Mapping
     from pipeline.data.writer import Packed
 
 app = typer.Typer(no_args_is_help=True)
@@ -104,45 +107,93 @@ def index(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Folder of tar shards, written by WebDataset or by tar.")
     ],
-    workers: Annotated[int, typer.Option(min=1, help="Shards scanned at a time.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Running Ray cluster to use instead of processes here.")
+    ] = None,
 ) -> None:
-    """Scan tar shards made elsewhere and write their index; the shards stay as they are."""
+    """Scan tar shards made elsewhere and write their index; the shards stay as they are.
+
+    When it is stopped, the same command goes on where it was.
+    """
     from pipeline import terminal
     from pipeline.data import index as indexer
 
-    shards, total = [], len(indexer.find_shards(folder))
-    with terminal.progress() as progress:
-        for shard in indexer.scan(folder, workers):
-            shards.append(shard)
-            progress("index", len(shards), total)
-        made = indexer.commit(folder, shards)
+    shards, sizes = [], indexer.find_shards(folder)
+    done, total, before = 0, sum(sizes.values()), indexer.unfinished(folder)
+    if before:
+        terminal.say(f"going on: {before} of {len(sizes)} shards were scanned before")
+    try:
+        with terminal.progress() as progress, _mapping(workers, address) as mapping:
+            for shard in indexer.scan(folder, mapping):
+                shards.append(shard)
+                done += shard.bytes
+                progress("index", done, total)
+            made = indexer.commit(folder, shards)
+    except KeyboardInterrupt:
+        kept = f"{len(shards)} of {len(sizes)} shards are scanned, and the same command goes on from there"
+        typer.echo(f"\n{kept}: millstream data index {shlex.quote(str(folder))}", err=True)
+        raise
     size = terminal.size(made.bytes)
     terminal.say(f"indexed {len(made.shards)} shards: {made.samples:,} samples, {size}, identity {made.identity[:12]}")
     terminal.say(f"Look at it with `millstream data preview {folder}`, train on it with data.train={folder}")
 
 
 @app.command(epilog="Example: millstream data verify data/photos/train")
-def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+) -> None:
     """Read every byte and compare it with the index. Exit code 1 when something is damaged."""
     from pipeline import terminal
-    from pipeline.data import index as indexer
+    from pipeline.data import damage as checker
+    from pipeline.data.index import read_root
+    from pipeline.data.parallel import processes
 
-    damages, samples, shards, total = [], 0, 0, len(indexer.open_index(folder).shards)
+    damages, done, whole = [], 0, read_root(folder)
     with terminal.progress() as progress:
-        for found in indexer.verify(folder):
-            if isinstance(found, indexer.Damage):
+        for found in checker.verify(folder, processes(workers)):
+            if isinstance(found, checker.Damage):
                 damages.append(found)
             else:
-                samples, shards = samples + found.samples, shards + 1
-                progress("verify", shards, total)
+                done += found.bytes
+                progress("verify", done, whole.bytes)
     if damages:
-        terminal.table(
-            ["shard", "member", "damage"],
-            [[damage.shard, damage.member or "-", damage.message] for damage in damages],
-        )
+        rows = [[damage.shard or "-", damage.member or "-", damage.kind, damage.message] for damage in damages]
+        terminal.table(["shard", "member", "kind", "damage"], rows)
         terminal.say(f"{len(damages)} damaged; bring good copies of these shards back, then verify again", "bold red")
         raise typer.Exit(1)
-    terminal.say(f"all good: {total} shards, {samples:,} samples, nothing differs from the index", "bold")
+    terminal.say(
+        f"all good: {len(whole.shards):,} shards, {whole.samples:,} samples, nothing differs from the index", "bold"
+    )
+
+
+@app.command(epilog="Example: millstream data stats data/photos/train")
+def stats(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
+    looked: Annotated[
+        int, typer.Option("--sample", min=1, help="Samples whose bytes are looked into: lengths, sizes of pictures.")
+    ] = 2000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Count what is in a data set: bytes, fields, classes and their balance, lengths, sizes of pictures, shards."""
+    import json
+
+    from pipeline import terminal
+    from pipeline.data import stats as counter
+    from pipeline.data import stats_page
+
+    with terminal.progress() as progress:
+        found = counter.stats(folder, looked, progress)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    for number, section in enumerate(stats_page.page(found)):
+        terminal.say(f"\n{section.title}" if number else section.title, "bold")
+        for note in section.notes:
+            terminal.say(note)
+        if section.columns:
+            terminal.table(section.columns, section.rows)
 
 
 @app.command(epilog="Example: millstream data preview data/photos/train --sheet photos.png")
@@ -160,6 +211,20 @@ def preview(
     else:
         previewer.write_sheet(folder, sheet, count or 64)
         terminal.say(f"drew {sheet}")
+
+
+@contextmanager
+def _mapping(workers: int, address: str | None) -> Iterator[Mapping]:
+    """Who works through the shards: processes here, or a Ray cluster."""
+    from pipeline.data.parallel import processes
+
+    if address is None:
+        yield processes(workers)
+        return
+    from pipeline.cluster import tasks
+
+    with tasks.connected(address) as mapping:
+        yield mapping
 
 
 def _say_packed(packed: Packed) -> None:

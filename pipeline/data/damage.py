@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pipeline.data.index import read_root, read_segment
@@ -108,13 +109,16 @@ def compare(tar: memoryview, segment: Segment, shard: str, place: str) -> Iterat
 
 def _headers(tar: memoryview, segment: Segment, shard: str, place: str) -> Iterator[Damage]:
     expected = {offset: i for i, offset in enumerate(segment.table["offset"].tolist())}
+    rows = np.repeat(np.arange(segment.samples), np.diff(segment.first_fields)).tolist()
+    fields = [segment.names[number] for number in segment.table["name"].tolist()]
     try:
         for name, offset, _ in members(tar, place):
             split = split_name(name)
             if split is None:
                 continue
-            noted = segment.member(expected.pop(offset)) if offset in expected else None
-            if noted != ".".join(split):
+            i = expected.pop(offset, None)
+            if i is None or (segment.key(rows[i]), fields[i]) != split:
+                noted = None if i is None else segment.member(i)
                 what = f"{place}: the tar has {name} at byte {offset}, the index has {noted or 'nothing'} there"
                 yield Damage(shard, noted, "header", f"{what}; copy the shard again")
         for offset, i in expected.items():
