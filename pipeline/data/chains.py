@@ -130,6 +130,8 @@ class Segment:
 
     def _along(self, source: np.ndarray, lane: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """From positions in lanes of chains to parts, and positions in the lanes of those parts' own orders."""
+        if len(self._ends) == len(self.chains) and not self._parts[0].any():
+            return source, position  # each chain is one part, from its first epoch on
         firsts = np.cumsum([0, *(len(chain.parts) for chain in self.chains)])
         part = firsts[source]
         while True:

@@ -216,7 +216,7 @@ def _walk(cipher: Any, x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.n
     y = cipher(x.astype(np.uint64), a, b, key)
     outside = np.flatnonzero(y >= unsigned)
     if outside.size:
-        unsigned, a, b, key = np.broadcast_arrays(unsigned, a, b, key)
+        unsigned, a, b, key = (np.broadcast_to(each, y.shape) for each in (unsigned, a, b, key))
     while outside.size:
         y[outside] = cipher(y[outside], a[outside], b[outside], key[outside])
         outside = outside[y[outside] >= unsigned[outside]]

@@ -14,9 +14,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pipeline.data.decode import decode
@@ -34,12 +36,26 @@ class SampleError(DataError):
     """A sample that will be as bad the next time: absent, not as indexed, or not decodable. See data.bad_samples."""
 
 
-class Mapped(NamedTuple):
+@dataclass(frozen=True)
+class Mapped:
     """A shard that is open: its tar and its segment."""
 
     path: Path
     tar: memoryview
     segment: Segment
+    _places: dict[str, tuple[np.ndarray, ...] | None] = field(default_factory=dict)
+
+    def places(self, name: str) -> tuple[np.ndarray, ...] | None:
+        """Where a field begins and ends in the tar, and its digest: [samples] each; None when a sample lacks it."""
+        if name not in self._places:
+            records = self.segment.column(name)
+            if (records < 0).any():
+                self._places[name] = None
+            else:
+                table = self.segment.table[records]
+                begins, lengths, digests = (np.ascontiguousarray(table[c]) for c in ("offset", "length", "digest"))
+                self._places[name] = begins, begins + lengths, digests
+        return self._places[name]
 
 
 class Sample:

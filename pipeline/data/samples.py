@@ -53,6 +53,9 @@ class Lookup:
             distinct, first = np.unique(shards[order], return_index=True)
             for shard, chosen in zip(distinct.tolist(), np.split(order, first[1:])):
                 self.parts.append((dataset.mapped(shard), places[chosen], rows[chosen]))
+        together = np.concatenate([places for _, places, _ in self.parts])
+        self._back = np.empty_like(together)  # where each of the k stands when they are sorted by shard
+        self._back[together] = np.arange(len(together))
         self._columns: dict[str, Column | None] = {}
         self._values: dict[str, np.ndarray | None] = {}
 
@@ -63,14 +66,13 @@ class Lookup:
         return self._columns[field]
 
     def _column(self, field: str) -> Column | None:
-        begins, ends, tars = (np.empty(len(self.numbers), np.int64) for _ in range(3))
-        digests = np.empty(len(self.numbers), np.uint64)
-        for number, (shard, places, rows) in enumerate(self.parts):
-            table = shard.segment.table[records] if (records := shard.segment.column(field)[rows]).min() >= 0 else None
-            if table is None:
-                return None
-            begins[places], digests[places], tars[places] = table["offset"], table["digest"], number
-            ends[places] = table["offset"] + table["length"]
+        parts = [shard.places(field) for shard, _, _ in self.parts]
+        sizes = [len(rows) for _, _, rows in self.parts]
+        tars = np.repeat(np.arange(len(sizes)), sizes)[self._back]
+        if any(part is None for part in parts):
+            return None
+        taken = ([column[rows] for column in part] for part, (_, _, rows) in zip(parts, self.parts) if part)
+        begins, ends, digests = (np.concatenate(column)[self._back] for column in zip(*taken))
         return Column(tars.tolist(), begins.tolist(), ends.tolist(), digests.tolist(), ends - begins)
 
     def values(self, field: str) -> np.ndarray | None:
