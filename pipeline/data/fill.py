@@ -197,8 +197,8 @@ def begin(rng: np.random.Generator, source: int, epoch: int, number: int) -> Non
     """
     state = rng.bit_generator.state
     state["state"]["counter"][:] = (0, source, epoch, number)
-    state |= {"buffer_pos": 4, "has_uint32": 0, "uinteger": 0}  # nothing is left over from the last sample
-    rng.bit_generator.state = state
+    left_over = {"buffer_pos": 4, "has_uint32": 0, "uinteger": 0}  # nothing, from the sample before
+    rng.bit_generator.state = {**state, **left_over}
 
 
 def tensor_type(name: str, dtype: Any) -> torch.dtype:

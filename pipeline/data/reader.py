@@ -43,18 +43,16 @@ class Mapped:
     path: Path
     tar: memoryview
     segment: Segment
-    _places: dict[str, tuple[np.ndarray, ...] | None] = field(default_factory=dict)
+    _places: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
-    def places(self, name: str) -> tuple[np.ndarray, ...] | None:
-        """Where a field begins and ends in the tar, and its digest: [samples] each; None when a sample lacks it."""
+    def places(self, name: str) -> tuple[np.ndarray, ...]:
+        """Where a field begins and ends in the tar, and its digest: [samples] each; begin -1 where a row lacks it."""
         if name not in self._places:
             records = self.segment.column(name)
-            if (records < 0).any():
-                self._places[name] = None
-            else:
-                table = self.segment.table[records]
-                begins, lengths, digests = (np.ascontiguousarray(table[c]) for c in ("offset", "length", "digest"))
-                self._places[name] = begins, begins + lengths, digests
+            table = self.segment.table[records]
+            begins, lengths, digests = (np.ascontiguousarray(table[c]) for c in ("offset", "length", "digest"))
+            begins = np.where(records < 0, -1, begins.astype(np.int64))
+            self._places[name] = begins, begins + lengths.astype(np.int64), digests
         return self._places[name]
 
 

@@ -27,13 +27,16 @@ Empty = Callable[[str, tuple[int, ...], Any], np.ndarray]  # (name, shape, dtype
 
 
 class Column(NamedTuple):
-    """Where a field of k samples lies: the bytes [begin, end) of the tar of that number, and their xxh3_64."""
+    """Where a field of k samples lies: the bytes [begin, end) of the tar of that number, and their xxh3_64.
+
+    lengths: int64[k], end - begin; -1 where a sample lacks the field.
+    """
 
     tars: list[int]
     begins: list[int]
     ends: list[int]
     digests: list[int]
-    lengths: np.ndarray  # int64[k]
+    lengths: np.ndarray
 
 
 class Lookup:
@@ -56,24 +59,22 @@ class Lookup:
         together = np.concatenate([places for _, places, _ in self.parts])
         self._back = np.empty_like(together)  # where each of the k stands when they are sorted by shard
         self._back[together] = np.arange(len(together))
-        self._columns: dict[str, Column | None] = {}
+        self._columns: dict[str, Column] = {}
         self._values: dict[str, np.ndarray | None] = {}
 
-    def column(self, field: str) -> Column | None:
-        """None when one of the samples lacks the field."""
+    def column(self, field: str) -> Column:
+        """Where a field lies; found once, and kept."""
         if field not in self._columns:
             self._columns[field] = self._column(field)
         return self._columns[field]
 
-    def _column(self, field: str) -> Column | None:
-        parts = [shard.places(field) for shard, _, _ in self.parts]
+    def _column(self, field: str) -> Column:
         sizes = [len(rows) for _, _, rows in self.parts]
         tars = np.repeat(np.arange(len(sizes)), sizes)[self._back]
-        if any(part is None for part in parts):
-            return None
-        taken = ([column[rows] for column in part] for part, (_, _, rows) in zip(parts, self.parts) if part)
+        taken = ([column[rows] for column in shard.places(field)] for shard, _, rows in self.parts)
         begins, ends, digests = (np.concatenate(column)[self._back] for column in zip(*taken))
-        return Column(tars.tolist(), begins.tolist(), ends.tolist(), digests.tolist(), ends - begins)
+        lengths = np.where(begins < 0, -1, ends - begins)
+        return Column(tars.tolist(), begins.tolist(), ends.tolist(), digests.tolist(), lengths)
 
     def values(self, field: str) -> np.ndarray | None:
         """int64[k], whole numbers that the index holds (such as cls); None when it does not hold all of them."""
@@ -130,9 +131,8 @@ class Samples:
 
     def array(self, field: str) -> np.ndarray | None:
         """The arrays of an npy field stacked, [m, ...]; None when they are not all of one type and shape."""
-        column = self._lookup.column(field)
-        lengths = None if column is None else column.lengths[self._range]
-        length = 0 if lengths is None else int(lengths[0])
+        lengths = self._lookup.column(field).lengths[self._range]
+        length = int(lengths[0])
         views = None if length < NPY_START or (lengths != length).any() else self._views(field)
         if views is None:
             return None
@@ -149,18 +149,15 @@ class Samples:
         return rows[:, begin:].view(dtype).reshape(len(views), *shape)
 
     def _views(self, field: str) -> list[memoryview] | None:
-        column = self._lookup.column(field)
-        if column is None:
+        column, part = self._lookup.column(field), self._range
+        if column.lengths[part].min() < 0:
             return None
-        part = self._range
         tars = [shard.tar for shard, _, _ in self._lookup.parts]
         return [tars[t][b:e] for t, b, e in zip(column.tars[part], column.begins[part], column.ends[part])]
 
     def _compare(self, field: str, read: list[int]) -> None:
         """Raises what reading the first sample that is not as indexed says by itself."""
-        column = self._lookup.column(field)
-        assert column is not None
-        noted = column.digests[self._range]
+        noted = self._lookup.column(field).digests[self._range]
         if read != noted:
             row = next(row for row, digest in enumerate(read) if digest != noted[row])
             self[row].raw(field)

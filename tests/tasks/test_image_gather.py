@@ -11,30 +11,10 @@ import pytest
 from PIL import Image
 
 from pipeline.data import index
-from pipeline.data.reader import Sample, open_dataset
+from pipeline.data.reader import open_dataset
+from pipeline.data.samples import Lookup, Samples
 from tests.small_tars import write_tar
 from tests.tasks.test_image_classification import task_of
-
-
-class Gathered:
-    """A micro batch as the loader hands it to `gather`; the loader is tested with its own."""
-
-    def __init__(self, rows: list[Sample]) -> None:
-        self.rows = rows
-        self.buffers: dict[str, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def raw(self, field: str) -> list[memoryview] | None:
-        return [row.raw(field) for row in self.rows] if all(field in row for row in self.rows) else None
-
-    def values(self, field: str) -> np.ndarray | None:
-        return np.array([row[field] for row in self.rows]) if all(field in row for row in self.rows) else None
-
-    def empty(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        self.buffers[name] = np.full(shape, 99, dtype=dtype)
-        return self.buffers[name]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -53,21 +33,30 @@ def test_gather_is_prepare_for_jpegs_of_the_right_size(tmp_path: Path, channels:
         "png": {"png": picture("png"), "cls": b"1"},
         "png called jpg": {"jpg": picture("png"), "cls": b"1"},
         "damaged": {"jpg": plain[0]["jpg"][:-40], "cls": b"1"},
-        "no label": {"jpg": plain[0]["jpg"]},
         "label too high": {"jpg": plain[0]["jpg"], "cls": b"4"},
         "label too low": {"jpg": plain[0]["jpg"], "cls": b"-1"},
     }
     members = [(f"{n}.{name}", data) for n, row in enumerate([*plain, *odd.values()]) for name, data in row.items()]
     write_tar(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "b.tar", [("unlabelled.jpg", plain[0]["jpg"])])
     index.build(tmp_path)
+    buffers: dict[str, np.ndarray] = {}
+
+    def empty(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return buffers.setdefault(name, np.full(shape, 99, dtype))
+
     with open_dataset(tmp_path) as dataset:
-        rows = [dataset.sample(number) for number in range(len(dataset))]
-        gathered = Gathered(rows[: len(plain)])
-        batch = task.gather(gathered)
+
+        def samples(*numbers: int) -> Samples:
+            return Samples(Lookup([dataset], np.zeros(len(numbers), np.int64), np.array(numbers)), empty=empty)
+
+        wanted = samples(*range(len(plain)))
+        batch = task.gather(wanted)
         assert batch is not None and batch.keys() == {"image", "label"}
         for name, array in batch.items():
-            expected = np.stack([task.prepare(row, None)[name] for row in gathered.rows])
-            assert array is gathered.buffers[name] and array.dtype == expected.dtype
+            expected = np.stack([task.prepare(row, None)[name] for row in wanted])
+            assert array is buffers.pop(name) and array.dtype == expected.dtype
             assert np.array_equal(array, expected)
-        for number, what in enumerate(odd, len(plain)):
-            assert task.gather(Gathered([*rows[:3], rows[number], rows[3]])) is None, what
+        for number, what in enumerate([*odd, "no label"], len(plain)):
+            assert task.gather(samples(0, 1, 2, number, 3)) is None, what
+            buffers.clear()

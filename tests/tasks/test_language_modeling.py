@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.data import index
 from pipeline.data.reader import Sample, open_dataset
+from pipeline.data.samples import Lookup, Samples
 from pipeline.data.text import Text, pack_text
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.data.writer import Packing
@@ -226,3 +227,26 @@ def test_flops_are_those_of_products_and_attention(text: Path) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
     attention = 2 * 2 * LENGTH * LENGTH * 16 * 2  # two products of [T, T, width] in each of two layers
     assert task.flops_per_sample() == 3 * (2 * LENGTH * weights + attention)
+
+
+def test_gather_is_prepare_for_whole_rows(tmp_path: Path, text: Path) -> None:
+    """And None for a ragged row, or one with a token that the tokenizer does not know."""
+    task = task_of(text)
+    with open_dataset(text) as dataset:
+
+        def samples(numbers: list[int]) -> Samples:
+            return Samples(Lookup([dataset], np.zeros(len(numbers), np.int64), np.array(numbers)))
+
+        lengths = [len(dataset.sample(number)["npy"]) for number in range(len(dataset))]
+        whole = [number for number, length in enumerate(lengths) if length == LENGTH + 1]
+        ragged = [number for number in range(len(dataset)) if number not in whole]
+        got = task.gather(samples(whole))
+        assert got is not None and len(whole) > 3 and ragged
+        for name, expected in batch_of(task, text, whole).items():
+            assert torch.equal(torch.from_numpy(got[name]), expected), name
+        assert task.gather(samples([*whole, *ragged])) is None
+    row = np.full(LENGTH + 1, 300, np.uint16)
+    unknown = sample_of(tmp_path / "unknown", row)
+    with open_dataset(tmp_path / "unknown") as dataset:
+        zeros = np.zeros(1, np.int64)
+        assert unknown.number == 0 and task.gather(Samples(Lookup([dataset], zeros, zeros))) is None
