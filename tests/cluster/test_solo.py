@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from pipeline import config as configs
 from pipeline.cluster import driver, lease
 from pipeline.errors import CheckpointError, RunError
 from pipeline.run import Run
+from pipeline.track import journal
 from tests import small_data
 
 TASK = {"name": "tests.poisoned_task"}
@@ -23,8 +25,13 @@ def toy(tmp_path: Path) -> Path:
     return small_data.config(tmp_path / "toy.yaml", TASK, pictures, data=data, steps=6, checkpoint={"every": 2})
 
 
-def train(toy: Path, *changes: str, fresh: bool = False) -> int:
-    return driver.run(configs.load(toy, ["cluster.workers=0", *changes]), fresh=fresh)
+def train(toy: Path, *changes: str, fresh: bool = False, new_order: bool = False) -> int:
+    return driver.run(configs.load(toy, ["cluster.workers=0", *changes]), fresh=fresh, new_order=new_order)
+
+
+def records(toy: Path, kind: str, run: str = "toy") -> list[dict[str, Any]]:
+    path = toy.parent / "runs" / run / "journal.jsonl"
+    return [record for record in journal.read(path).records if record["kind"] == kind]
 
 
 def test_again_goes_on_and_fresh_starts_beside(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +71,52 @@ def test_other_data_is_refused_with_the_difference(toy: Path, capsys: pytest.Cap
         and "Traceback" not in said
     )
     assert Run(toy.parent / "runs" / "toy").config.steps == 6  # a configuration that is refused is not the run's
+
+
+def test_another_order_on_purpose_goes_on_and_is_the_run_s_from_then_on(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(toy) == driver.DONE
+    small_data.images(toy.parent / "others", count=50)
+    both = f"data.train={{train: {toy.parent}/pictures, others: {toy.parent}/others}}"
+    assert train(toy, "steps=8", both) == driver.GIVE_UP
+    assert "new source others" in capsys.readouterr().out
+    assert train(toy, "steps=8", both, new_order=True) == driver.DONE
+    said = capsys.readouterr().out
+    assert "going on from step 6; new order from step 6" in said and "Traceback" not in said
+    assert train(toy, "steps=10", both) == driver.DONE  # nothing is another any more
+    assert "new order" not in capsys.readouterr().out
+    assert [record["step"] for record in records(toy, "step")] == list(range(10))
+
+
+def test_bad_samples_end_the_run_or_are_replaced_and_stay_so(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was decided is replayed after a restart, though the shard has been mended meanwhile."""
+    shard = toy.parent / "pictures" / "shard-002.tar"
+    good = shard.read_bytes()
+    damaged = bytearray(good)
+    for place in (600, 4 * 1536 + 600):  # inside two of its pictures
+        damaged[place] ^= 8
+    shard.write_bytes(damaged)
+    steps = "steps=12"
+    assert train(toy, steps) == driver.GIVE_UP
+    said = capsys.readouterr().out
+    assert "are not those that were indexed" in said and "shard-002.tar" in said and "Traceback" not in said
+    substitute = [steps, "data.bad_samples=substitute", "data.evaluate={}"]
+    assert train(toy, *substitute, "data.max_bad_samples=1", fresh=True) == driver.GIVE_UP
+    assert "2 bad samples, data.max_bad_samples is 1" in capsys.readouterr().out
+    assert train(toy, *substitute, fresh=True) == driver.DONE
+    assert "bad sample replaced" in capsys.readouterr().out
+    whole = [(record["step"], record["samples"]) for record in records(toy, "step", "toy-3")]
+    replaced = records(toy, "substitute", "toy-3")
+    assert [record["source"] for record in replaced] == ["train", "train"]
+    assert all("not those that were indexed" in record["reason"] for record in replaced)
+
+    assert train(toy, *substitute, "steps=8", fresh=True) == driver.DONE
+    shard.write_bytes(good)
+    assert train(toy, *substitute) == driver.DONE
+    assert [(record["step"], record["samples"]) for record in records(toy, "step", "toy-4")] == whole
+    [saved, *_] = Run(toy.parent / "runs" / "toy-4").checkpoints()
+    assert len(saved.manifest.data["substitutes"]) == 2
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
