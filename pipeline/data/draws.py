@@ -9,8 +9,8 @@ the keyed bijection of order.py. So each hand holds each source's share to withi
 evenly over the block, and how often a source came in the hands before is known without looking at them.
 
 The i-th draw of a source is the source's i-th lane position, in true order: reading a source stays sequential and
-needs one window of blocks per lane, as without a mixture. That takes a table of a hand (6 KiB, 0.15 ms), whatever D
-is; a table of a block of 2^20 draws in each of 64 lanes would be 400 MB and 10 seconds. The last 4,096 are kept.
+needs one window of blocks per lane, as without a mixture. That takes a table of a hand (6 KiB, 0.3 ms), whatever D
+is; a table of a block of 2^20 draws in each of 64 lanes would be 400 MB and half a minute. The last 4,096 are kept.
 
 What it gives up: draws are not independent of each other. Shares are exact in every block, which is what is wanted.
 """

@@ -206,6 +206,7 @@ def test_what_a_change_means_is_said():
         ([PROSE, OTHER], {}, ["data of code: 77aa.. -> 91bc.. (300 -> 2,000 samples)"]),
         ([PROSE, CODE, Source("extra", "x", 5, 1)], {}, ["new source extra"]),
         ([CODE], {}, ["source prose is gone"]),
+        ([PROSE], {}, ["source code is gone"]),
         ([CODE, PROSE], {}, ["order of sources: prose, code -> code, prose"]),
         ([CODE], {"seed": 2, "lanes": 2}, ["lanes: 4 -> 2", "seed: 0 -> 2", "source prose is gone"]),
     ],
