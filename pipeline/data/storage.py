@@ -22,7 +22,7 @@ COMPRESSED = {  # how the name of a compressed tar ends -> the command that puts
     **dict.fromkeys((".tar.bz2", ".tbz2"), "bzip2 -d"),
     **dict.fromkeys((".tar.xz", ".txz"), "xz -d"),
     **dict.fromkeys((".tar.zst", ".tzst"), "zstd -d --rm"),
-    ".tar.lz4": "lz4 -d --rm",
+    ".tar.lz4": "lz4 -d -m --rm",
 }
 
 

@@ -85,6 +85,8 @@ def members(tar: memoryview, path: Path | str) -> Iterator[Member]:
                 extra |= _extended(bytes(tar[begin:end]), kind)
             else:
                 name = extra.get("path") or _name(header)
+                if extra and any(key.startswith("GNU.sparse.") for key in extra):
+                    kind, name = b"S", extra.get("GNU.sparse.name", name)
                 if kind in FILES and not name.endswith("/"):
                     _check_name(name)
                     yield Member(name, begin, size)
@@ -173,8 +175,4 @@ def _extended(body: bytes, kind: bytes) -> dict[str, str]:
             raise _Bad(f"a PAX header that cannot be read, the tar is damaged; {AGAIN}")
         found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         place += len(record)
-    if any(key.startswith("GNU.sparse.") for key in found):
-        what, mend = REFUSED[b"S"]
-        name = found.get("GNU.sparse.name") or found.get("path", "after it")
-        raise _Bad(f"member {name} is {what}, only plain files are read; make the tar with `{mend}`")
     return found
