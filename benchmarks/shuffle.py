@@ -40,11 +40,13 @@ from typing import NamedTuple
 import numpy as np
 import report
 
+from pipeline.config import Data
 from pipeline.data.order import Order, block_samples
 
 BATCH, NEAR, CLASSES, EPOCHS = 256, 256, 100, 2
 TAR_BYTES = 4096  # of a sample: a JPEG of 2,117 B in 5 records of 512, a class in 1, a header of 512 each
 LARGEST_SPREAD = 2.2
+BLOCKS = Data.model_fields["shuffle_blocks"].default
 DEFAULT = "millstream by default,"  # data.shuffle_blocks and data.block_bytes; lanes follow from the micro batch
 
 
@@ -119,8 +121,8 @@ def orders(shards: int, size: int) -> dict[str, Sequence]:
     block = block_samples(shards * size, shards * (size * TAR_BYTES + 10240), 1 << 20)
     named: dict[str, Sequence] = {"full permutation": permutation, "torch RandomSampler": random_sampler}
     for lanes in (1, 4, 8, 64):
-        named[f"{DEFAULT} {lanes} lanes, 64 blocks of {block}"] = partial(millstream, lanes, 64, block)
-    for blocks, other in ((64, 64), (64, 1024), (16, block), (96, block), (128, block), (256, block)):
+        named[f"{DEFAULT} {lanes} lanes, {BLOCKS} blocks of {block}"] = partial(millstream, lanes, BLOCKS, block)
+    for blocks, other in ((BLOCKS, 64), (BLOCKS, 1024), (16, block), (64, block), (128, block), (256, block)):
         named[f"millstream, 4 lanes, {blocks} blocks of {other}"] = partial(millstream, 4, blocks, other)
     version = importlib.metadata.version("webdataset")
     named[f"webdataset {version}, shuffle() as it is: 1000"] = partial(webdataset, None)

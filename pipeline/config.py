@@ -76,7 +76,7 @@ class Data(Strict):
     train: Sources = Field(description="folder of indexed tar shards to train on; or several by name, to be mixed")
     evaluate: dict[Name, Folder] = Field(default={}, description="name -> folder of indexed tar shards to evaluate on")
     lanes: Count | None = Field(default=None, description="reading positions; null: one per micro batch of a step")
-    shuffle_blocks: Count = Field(default=64, description="blocks that are shuffled together, over all lanes")
+    shuffle_blocks: Count = Field(default=96, description="blocks that are shuffled together, over all lanes")
     block_bytes: Count = Field(default=1 << 20, description="bytes that are read in one piece, on average")
     threads: Count = Field(default=1, description="decoder threads per worker")
     processes: int = Field(default=0, ge=0, description="decoder processes per worker, instead of threads; 0: threads")

@@ -46,7 +46,8 @@ FENCES = {
     "wandb": ["track.wandb"],
     "webdataset": ["data"],
 }
-WITHOUT_TORCH = ["config", "problems", "yaml_file", "rules", "task_file", "run", "data.order", "data.index", "track"]
+WITHOUT_TORCH = ["config", "problems", "yaml_file", "rules", "task_file", "run", "data.index", "track"]
+WITHOUT_TORCH += ["data.order", "data.draws", "data.chains", "data.mixture", "data.reader", "data.samples"]
 WITHOUT_TORCH += ["checkpoint.format", "checkpoint.manifest", "checkpoint.disk"]
 HEAVY = ["torch", "ray", "deepspeed", "transformers", "wandb", "webdataset"]
 LINES_PER_FILE, LINES_PER_FUNCTION, LINES_OF_THE_LOOP = 300, 60, 120

@@ -116,7 +116,7 @@ def test_bad_samples_end_the_run_or_are_replaced_and_stay_so(toy: Path, capsys: 
     assert train(toy, *substitute) == driver.DONE
     assert [(record["step"], record["samples"]) for record in records(toy, "step", "toy-4")] == whole
     [saved, *_] = Run(toy.parent / "runs" / "toy-4").checkpoints()
-    assert len(saved.manifest.data["substitutes"]) == 2
+    assert saved.manifest is not None and len(saved.manifest.data["substitutes"]) == 2
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(

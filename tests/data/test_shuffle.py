@@ -40,7 +40,7 @@ def test_figures_of_known_orders(shuffle: Any):
 
 
 def test_the_default_mixes_as_promised():
-    (row,) = cells(run("--seeds", "15", "--only", "default, 8 lanes, 64 blocks of 255"))
+    (row,) = cells(run("--seeds", "15", "--only", "default, 8 lanes, 96 blocks of 255"))
     assert float(row[1].split()[0]) <= 2.2 and row[-1] == "met (<= 2.2)"
 
 

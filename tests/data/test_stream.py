@@ -61,7 +61,7 @@ def test_a_state_is_small_and_brings_the_same_order_back(folder: Path) -> None:
     [
         ("seed=3", "seed: 0 -> 3"),
         ("data.lanes=8", "lanes: 4 -> 8"),
-        ("data.shuffle_blocks=8", "shuffle_blocks: 64 -> 8"),
+        ("data.shuffle_blocks=8", "shuffle_blocks: 96 -> 8"),
         ("data.block_bytes=9000", "block"),
         ("data.train.few.weight=2", "weight of few"),
         ("global_batch_size=32", "global batch: 16 -> 32"),
