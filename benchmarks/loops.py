@@ -170,6 +170,7 @@ def prepared(world: World, plan: argparse.Namespace, path: Path) -> tuple[Config
     with Randomness(config.seed).draws("weights"):
         model = task.build_model()
     settings = deepspeed_config(config, world.world_size)
+    settings["gradient_allreduce_op"] = "mean"  # as their losses are means over a micro batch
     settings["gradient_clipping"] = config.optim.clip or 0.0
     settings["zero_optimization"]["reduce_bucket_size"] = sum(p.numel() for p in model.parameters())
     with Stream(config).loader(task, world.rank, world.world_size, 0) as loader:

@@ -82,7 +82,7 @@ def trainer_seconds(folder: Path, path: Path) -> float:
         "length": task["length"],
         "micro_batch_size": config.micro_batch_size,
         "micro_steps": config.micro_steps(2),
-        "deepspeed": deepspeed_config(config, 2),
+        "deepspeed": {**deepspeed_config(config, 2), "gradient_allreduce_op": "mean"},
         "output": str(folder),
     }
     (folder / "settings.json").write_text(json.dumps(settings))

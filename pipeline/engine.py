@@ -75,7 +75,6 @@ class Engine:
         self.world = world
         self.stage: int = config.zero.stage
         self.dtype = DTYPES[config.precision.dtype]
-        self.micro_steps = config.micro_steps(world.world_size)
         self.clip = config.optim.clip
         self.hyperparameters = _hyperparameters(self.param_groups)
 
@@ -115,14 +114,17 @@ class Engine:
         return float(self.deepspeed.optimizer.loss_scale) if self.dtype == torch.float16 else None
 
     def backward(self, loss: Tensor) -> None:
-        """Add one micro batch's gradient; A calls make a step's. `loss` []: sum over terms * R * A / global weight.
+        """Add one micro batch's gradient; A calls make a step's. `loss` []: sum over its terms / terms of global batch.
 
-        DeepSpeed divides by A here and averages over R ranks, which leaves the mean over the global batch's terms.
+        Gradients are added up over micro batches and ranks. An average would have to be undone by a factor on the loss,
+        and then each rounding of the backward pass would depend on the number of ranks. Stage 3 can only average.
         """
+        if self.stage == 3:
+            loss = loss * self.world.world_size
         if self.stage == 0 and self.loss_scale is not None:
             loss = loss.float() * self.loss_scale  # DeepSpeed's stage 0 divides by the scale but never multiplies
         last = self.deepspeed.is_gradient_accumulation_boundary()
-        self.deepspeed.backward(loss)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
         if not last:
             self.deepspeed.step()  # only counts the micro step
 
@@ -253,6 +255,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
+        "gradient_allreduce_op": "mean" if config.zero.stage == 3 else "sum",  # see Engine.backward
         "bf16": {"enabled": config.precision.dtype == "bf16"},
         "fp16": {"enabled": config.precision.dtype == "fp16"},
         "steps_per_print": None,

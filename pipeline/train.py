@@ -67,11 +67,11 @@ def train(config: Config, session: Session) -> str:
             outcome = "stopped"
             break
 
-        # Forward and backward. R * A / terms undoes DeepSpeed's averages: each term of the batch weighs the same.
+        # Forward and backward. Gradients are summed over all micro batches: each term of the batch weighs the same.
         sums: tasks.Sums = {}
         learner.running.begin()
         for micro in batches if terms else ():
-            scale = 0.0 if micro.filler else world.world_size * engine.micro_steps / terms
+            scale = 0.0 if micro.filler else 1.0 / terms
             with randomness.draws(step, micro.index):
                 session.phase("forward", step)
                 loss, sums_of_micro = task.loss(engine.model, on_device(micro.batch, world.device))

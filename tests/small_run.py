@@ -125,7 +125,7 @@ def step(
     ranks, every = world.world_size, settings.micro_batches
     first, end = world.rank * every // ranks, (world.rank + 1) * every // ranks
     total = 0.0
-    for turn in range(engine.micro_steps):
+    for turn in range(settings.micro_steps(ranks)):
         j = min(first + turn, end - 1)
         filler = first + turn >= end
         rows = slice(j * MICRO, (j + 1) * MICRO)
@@ -134,7 +134,7 @@ def step(
         if not filler:
             total += loss.item()
         factor = spoil if j == 0 else 1.0
-        engine.backward(loss * (0.0 if filler else factor * ranks * engine.micro_steps / float(counts.sum())))
+        engine.backward(loss * (0.0 if filler else factor / float(counts.sum())))
     rate = learning_rate(settings.optim.schedule, settings.optim.lr, number, settings.steps)
     result = engine.step(rate)
     return float(world.gather([total]).sum() / counts.sum()), result

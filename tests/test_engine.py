@@ -58,6 +58,25 @@ def gradient_errors(world: World) -> dict[tuple[str, int], float]:
     return errors
 
 
+def lone_gradients(world: World) -> dict[tuple[str, int], torch.Tensor]:
+    """Weights [all] after an SGD step in which one micro batch of one rank counts: nothing to add up but zeros."""
+    found = {}
+    for kind in KINDS:
+        for stage in (0, 1, 2):  # stage 3 can only average
+            change = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "clip": None, "groups": ()}
+            settings = small_run.config(kind, stage, optim=change)
+            engine = small_run.start(world, settings, kind)
+            engine.model.eval()  # no dropout
+            inputs, targets, counts = (tensor[: small_run.MICRO] for tensor in small_run.batch(kind, 0))
+            for turn in range(settings.micro_steps(world.world_size)):
+                loss = small_run.loss_sum(engine.model, inputs, targets, counts)
+                engine.backward(loss * (1 / 7 if (world.rank, turn) == (0, 0) else 0.0))
+            engine.step(0.1)
+            found[kind, stage] = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+            engine.close()
+    return found
+
+
 def idle_steps(world: World) -> dict[tuple[str, int], list[Any]]:
     """Per dtype and stage: (applied, norm, state unchanged) of two poisoned steps and a good one after."""
     found = {}
@@ -113,6 +132,7 @@ def on_two(world: World) -> dict[str, Any]:
     return {
         "curves": curves(world, STAGES),
         "gradients": gradient_errors(world),
+        "lone": lone_gradients(world),
         "idle": idle_steps(world),
         "variants": variants(world),
         "refused": refusals(world),
@@ -133,8 +153,8 @@ def refusals(world: World) -> dict[str, str]:
     return found
 
 
-def on_three(world: World) -> dict[tuple[str, int], list[float]]:
-    return curves(world, SAMPLED)
+def on_three(world: World) -> dict[str, Any]:
+    return {"curves": curves(world, SAMPLED), "lone": lone_gradients(world)}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +163,7 @@ def two() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def three() -> dict[tuple[str, int], list[float]]:
+def three() -> dict[str, Any]:
     return gloo.run(on_three, 3)[0]
 
 
@@ -162,7 +182,13 @@ def test_all_stages_give_the_same_losses(two, kind):
 def test_the_number_of_workers_does_not_matter(two, three, kind):
     """3 does not divide the 4 micro batches: some ranks run a filler."""
     for stage in SAMPLED:
-        assert largest_difference(two[0]["curves"][kind, 0], three[kind, stage]) < 1e-5
+        assert largest_difference(two[0]["curves"][kind, 0], three["curves"][kind, stage]) < 1e-5
+
+
+def test_the_backward_pass_rounds_alike_on_any_number_of_workers(two, three):
+    """A micro batch's gradient is the same to the bit on 2 and 3 workers, so only the order of adding up is left."""
+    for place, weights in two[0]["lone"].items():
+        assert torch.equal(weights, three["lone"][place]), place
 
 
 def test_the_gradient_is_that_of_the_full_batch(two):

@@ -54,7 +54,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("cases")
     pictures, text = small_data.images(folder / "pictures"), small_data.rows(folder / "text")
     gpt = GPT | {"tokenizer": str(text / "tokenizer.json")}
-    sgd = {"name": "sgd", "lr": 0.02, "weight_decay": 1e-3, "schedule": {"warmup": 4}}
+    sgd = {"name": "sgd", "lr": 0.05, "weight_decay": 1e-3, "schedule": {"warmup": 4}}
     both = {"train": str(pictures), "evaluate": {"test": str(pictures)}}
     written: dict[str, Path] = {}
     for name, task, data, changes in (
