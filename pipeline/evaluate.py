@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline.config import Config
@@ -28,7 +29,7 @@ def evaluate(config: Config, task: Task, engine: Engine, world: World) -> dict[s
     metrics: dict[str, float] = {}
     for name, folder in config.data.evaluate.items():
         sums = _score(Path(folder), config, task, engine, world)
-        metrics |= {f"eval/{name}/{metric}": value for metric, value in means(sums, world).items()}
+        metrics |= {f"eval/{name}/{metric}": value for metric, value in means(sums, world.gather(flat(sums))).items()}
     return metrics
 
 
@@ -70,12 +71,14 @@ def add(total: Sums, sums: Sums) -> None:
         total[name] = (had[0] + top, had[1] + bottom) if had else (top, bottom)
 
 
-def means(sums: Sums, world: World) -> dict[str, float]:
-    """Sums of all ranks, divided: the metrics of the whole. Sets or steps without terms give nan."""
-    if not sums:
-        return {}
-    flat = [float(value) for pair in sums.values() for value in pair]
-    totals = world.gather(flat).sum(axis=0).reshape(-1, 2)  # [metrics, (numerator, denominator)]
+def flat(sums: Sums) -> list[float]:
+    """Numerators and denominators in turn, on the host, to be gathered from all ranks; waits for the device."""
+    return [float(value) for pair in sums.values() for value in pair]
+
+
+def means(sums: Sums, everyone: np.ndarray) -> dict[str, float]:
+    """The metrics of the whole from every rank's `flat(sums)` [R, 2 * metrics]. Sets without terms give nan."""
+    totals = everyone.sum(axis=0).reshape(-1, 2)  # [metrics, (numerator, denominator)]
     return {
         name: float(top / bottom) if bottom else float("nan") for name, (top, bottom) in zip(sums, totals, strict=True)
     }

@@ -69,7 +69,9 @@ class World:
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """Every rank's `values`, as float64 [world_size, len(values)], the same on all ranks."""
-        mine = torch.tensor(list(values), dtype=torch.float64)
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.world_size == 1:
+            return mine.view(1, -1).numpy()
         everyone = torch.empty(self.world_size * len(values), dtype=torch.float64)
         dist.all_gather_single(everyone, mine, group=self.host)
         return everyone.view(self.world_size, len(values)).numpy()

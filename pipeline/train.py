@@ -27,7 +27,7 @@ from pipeline.data.fill import MicroBatch
 from pipeline.data.stream import Stream
 from pipeline.engine import Engine
 from pipeline.errors import CheckpointError
-from pipeline.evaluate import add, evaluate, means, on_device
+from pipeline.evaluate import add, evaluate, flat, means, on_device
 from pipeline.guard import NonFinite, share_substitutes
 from pipeline.optim import learning_rate
 from pipeline.randomness import Randomness
@@ -84,25 +84,25 @@ def train(config: Config, session: Session) -> str:
         # Step: all ranks apply it, or none does.
         session.phase("step", step)
         rate = learning_rate(config.optim.schedule, config.optim.lr, step, config.steps)
-        if terms:
-            result = engine.step(rate)
-            metrics = {f"train/{name}": value for name, value in means(sums, world).items()}
+        result = engine.step(rate) if terms else None
+        everyone = world.gather([loader.wait_seconds, rows_digest(batches), *flat(sums)])  # [R, 2 + 2 * metrics]
+        metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 2:]).items()}
+        if result:
             guard.judge(session, step, result, metrics["train/loss"], batches)
             if result.applied:
                 learner.running.update(world, config.micro_batches)
-            metrics |= {"train/grad_norm": result.grad_norm, "optim/lr": rate}
+            metrics["train/grad_norm"] = result.grad_norm
         else:
-            metrics = {"optim/lr": rate}
             guard.empty(session, step)
 
         # Record.
         seconds = time.perf_counter() - began
-        waited, digests = world.gather([loader.wait_seconds, rows_digest(batches)]).T
         if world.rank == 0:
+            metrics["optim/lr"] = rate
             metrics["throughput/samples_per_second"] = config.global_batch_size / seconds
             metrics["time/step_seconds"] = seconds
-            metrics["data/wait_seconds"] = float(waited.max())
-            session.record("step", step=step, metrics=metrics, samples=int(digests.sum()))
+            metrics["data/wait_seconds"] = float(everyone[:, 0].max())
+            session.record("step", step=step, metrics=metrics, samples=int(everyone[:, 1].sum()))
         step += 1
         if due(step, config.evaluate.every, config.steps):
             score(config, session, learner, step)
