@@ -187,7 +187,8 @@ def _folder(place: str, folder: Path) -> list[Problem]:
         return []
     if any(folder.glob("*.tar")):
         mend = f"run `millstream data index {folder}`"
-        return [Problem(place, f"the shards in {folder} have no index", suggestion=mend)]
+        old = ", only one of an older Millstream (index.json)" if (folder / "index.json").is_file() else ""
+        return [Problem(place, f"the shards in {folder} have no index{old}", suggestion=mend)]
     mend = f"name a folder of packed shards; raw files are packed with {_pack(folder)}"
     return [Problem(place, f"{folder} holds neither shards.idx nor tar shards", suggestion=mend)]
 

@@ -15,7 +15,7 @@ opened. Where the tars cannot be listed cheaply, that holds for their sizes too.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def read_root(place: Path | str | Storage) -> Index:
     return Index(storage, *root.read(view, f"{storage.place}/{ROOT}", mend))
 
 
-def scan(folder: Path | str, mapping: Mapping = map) -> Iterator[Shard]:
+def scan(folder: Path | str, mapping: Mapping = map) -> Generator[Shard, None, None]:
     """Read every tar of a folder once and write its segment; each Shard comes when it is done, in the order of names.
 
     mapping: who does it, see parallel.py. Goes on where a scan stopped that did not come to its `commit`. Raises

@@ -78,7 +78,7 @@ class Shards(Sequence[Shard]):
     def identity(self, shards: int) -> str:
         """Of the table that has only the first `shards` of these."""
         found = hashlib.sha256(b"%d shards\n" % shards)
-        found.update(np.ascontiguousarray(self.records[:shards]).view(np.uint8))
+        found.update(np.ascontiguousarray(self.records[:shards]).view(np.uint8).data)
         found.update(self.names[: int(self.ends[shards - 1]) if shards else 0])
         return found.hexdigest()
 
@@ -107,8 +107,9 @@ def read(view: memoryview, place: str, mend: str) -> tuple[Shards, str]:
         raise DataError(f"{place}: damaged, or not Millstream's; remove it and {mend}")
     if isinstance(version := head.get("version"), int) and version != VERSION:
         raise DataError(f"{place}: format {version}, this Millstream reads format {VERSION}; {mend}")
-    shards, first = head.get("shards"), len(line)
-    names = first + shards * RECORD.itemsize if isinstance(shards, int) and shards >= 0 else -1
+    count, first = head.get("shards"), len(line)
+    shards = count if isinstance(count, int) else -1
+    names = first + shards * RECORD.itemsize
     if first <= names <= len(view):
         table = Shards(np.frombuffer(view, RECORD, shards, first), view[names:])
         end = int(table.ends[-1]) if shards else 0

@@ -66,7 +66,7 @@ def _classes(stats: Stats, name: str, counts: dict[int, int]) -> Section:
     total, most = sum(counts.values()), max(counts.values())
     ranked = sorted(counts, key=lambda label: (-counts[label], label))
     least = counts[ranked[-1]]
-    listed: list[int | None] = sorted(counts)
+    listed: list[int | None] = [*sorted(counts)]
     notes = [f"{len(counts):,} classes; the largest has {most / least:,.2f} times the samples of the smallest"]
     if len(ranked) > LISTED:
         listed = [*ranked[:LARGEST], None, *ranked[-SMALLEST:]]
