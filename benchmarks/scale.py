@@ -31,9 +31,11 @@ BEGAN = time.perf_counter()  # before anything heavy is imported: imports are a 
 import numpy as np  # noqa: E402
 import report  # noqa: E402
 
+from pipeline.config import Data  # noqa: E402
 from pipeline.data import root, segment  # noqa: E402
 from pipeline.data.index import Index, open_index  # noqa: E402
-from pipeline.data.order import Order, block_samples  # noqa: E402
+from pipeline.data.mixture import Mixture, Source  # noqa: E402
+from pipeline.data.order import block_samples  # noqa: E402
 from pipeline.data.storage import Folder  # noqa: E402
 
 PERIOD = 1 << 16  # samples after which lengths repeat; a shard begins anywhere in the period and has fewer
@@ -43,6 +45,7 @@ KEY = 6  # characters
 MAPPED = 256  # segments that stay mapped, as many as the reader keeps
 TARGETS = {"start_s": 2.0, "peak_GB": 1.0, "plan_ms": 50.0}
 BATCH, MICRO_BATCH = 256, 32
+SHUFFLED = Data.model_fields["shuffle_blocks"].default
 
 
 class Generated:
@@ -121,10 +124,11 @@ def write_root(storage: Generated, counts: np.ndarray, digests: dict[int, str]) 
     (Path(storage.place) / root.ROOT).write_bytes(root.write(table))
 
 
-def order_of(index: Index, seed: int) -> Order:
+def order_of(index: Index, seed: int) -> Mixture:
     """As a run with the defaults would have it."""
-    block = block_samples(index.samples, index.bytes, 1 << 20)
-    return Order(index.samples, block, BATCH // MICRO_BATCH, 64, seed)
+    block, lanes = block_samples(index.samples, index.bytes, 1 << 20), BATCH // MICRO_BATCH
+    only = Source("train", index.identity, index.samples, block)
+    return Mixture.start([only], lanes=lanes, shuffle_blocks=SHUFFLED, seed=seed, global_batch=BATCH)
 
 
 def steps_of(plan: argparse.Namespace) -> list[int]:
@@ -132,9 +136,9 @@ def steps_of(plan: argparse.Namespace) -> list[int]:
     return [*np.random.default_rng(plan.seed).integers(0, plan.last_step, plan.steps - 1).tolist(), plan.last_step]
 
 
-def numbers_of(order: Order, step: int) -> np.ndarray:
-    """int64[BATCH] sample numbers of a step."""
-    return np.concatenate([order.rows(step, j, BATCH, MICRO_BATCH)[1] for j in range(BATCH // MICRO_BATCH)])
+def numbers_of(order: Mixture, step: int) -> np.ndarray:
+    """int64[BATCH] sample numbers of a step, computed as the loader does: all micro batches together."""
+    return order.plan(range(step, step + 1), range(BATCH // MICRO_BATCH), MICRO_BATCH)[2].ravel()
 
 
 def prepare(plan: argparse.Namespace, folder: Path) -> int:
