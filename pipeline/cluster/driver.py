@@ -71,6 +71,10 @@ def run(config: Config, *, fresh: bool = False, address: str | None = None, new_
     Raises ConfigError or RunError for what is found before the first attempt.
     """
     config = configs.resolve(config)
+    if config.data.decoders:  # a wrong import path is found here, not in a worker
+        from pipeline.data.decode import load_decoders
+
+        load_decoders(config.data.decoders)
     folder = run_folder(config, fresh)
     alone = config.cluster.workers == 0
     terminal = output.shared if alone else output.apart

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import config as configs
 from pipeline.cluster import driver, lease
-from pipeline.errors import CheckpointError, RunError
+from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.run import Run
 from pipeline.track import journal
 from tests import small_data
@@ -71,6 +71,12 @@ def test_other_data_is_refused_with_the_difference(toy: Path, capsys: pytest.Cap
         and "Traceback" not in said
     )
     assert Run(toy.parent / "runs" / "toy").config.steps == 6  # a configuration that is refused is not the run's
+
+
+def test_a_wrong_decoder_is_found_before_anything_starts(toy: Path) -> None:
+    with pytest.raises(ConfigError, match="no_such_module"):
+        train(toy, "data.decoders={tif: 'no_such_module:read'}")
+    assert not (toy.parent / "runs").exists()
 
 
 def test_another_order_on_purpose_goes_on_and_is_the_run_s_from_then_on(
