@@ -1,9 +1,9 @@
 """The content that all loaders of data.py read: the same bytes as tars, as MDS, as litdata's chunks, as one flat file.
 
-    images64    JPEG 64 x 64, quality 88, 4:2:0, and a class     .jpg .cls      bytes64 reads the same
-    images256   JPEG of 256 to 400 pixels each way, and a class  .jpg .cls
-    tokens      a row of 1,024 uint16 per member                 .npy           and tokens.bin, for np.memmap
-    packed      the same rows, 512 to a member                   .npy
+    images64    JPEG of 64 x 64 pixels, 2.1 kB, and a class             .jpg .cls
+    images256   JPEG of 256 to 400 pixels each way, 26 kB, and a class  .jpg .cls
+    tokens      a row of 1,024 uint16 per member                        .npy, and tokens.bin for np.memmap
+    packed      the same rows, 512 to a member                          .npy
 
 The images are cut from photographs that come with scikit-image and scikit-learn, with noise, so that they cost a
 decoder what real ones do; without these packages (toy size only) from smooth noise. All of it follows from a seed.
@@ -26,8 +26,8 @@ import numpy as np
 
 VERSION = 1  # of what is written; another one is written anew
 LENGTH, VOCABULARY, MEMBER_ROWS = 1024, 50257, 512
-CLASSES, QUALITY = 1000, 88
-NOISE = {"images64": 3.0, "images256": 6.5}  # standard deviation, of 255: gives the sizes of real photographs
+CLASSES = 1000
+QUALITY, NOISE = {"images64": 88, "images256": 84}, {"images64": 8.0, "images256": 3.0}  # 2.1 kB and 26 kB each
 SHARDS = {  # size -> kind -> shards, samples in each
     "full": {"images64": (20, 2500), "images256": (10, 500), "tokens": (20, 5000), "packed": (5, 39)},
     "toy": {"images64": (2, 40), "images256": (2, 12), "tokens": (2, 1024), "packed": (2, 2)},
@@ -150,7 +150,7 @@ def _images(
             piece = piece.resize((size, size), Image.Resampling.BILINEAR)
         pixels = np.asarray(piece) + rng.normal(0, NOISE[kind], (*piece.size[::-1], 3))
         buffer = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY[kind], subsampling="4:2:0")
         label = int(rng.integers(CLASSES))
         return {"jpg": buffer.getvalue(), "cls": b"%d" % label}, label
 

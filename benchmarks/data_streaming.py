@@ -116,20 +116,21 @@ def _default_decoder(kind: str) -> Callable[[bytes], np.ndarray]:
 
 
 def litdata(kind: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
-    """Samples shuffled in and over chunks."""
+    """Samples shuffled in and over chunks; bytes are not collated."""
     library = load("litdata")
     decode = {"images64": image, "images224": cropped}.get(kind)
-    options: dict[str, Any] = {}
+    of_set: dict[str, Any] = {}
+    of_loader: dict[str, Any] = {"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {}
     if kind == "tokens":
-        options["item_loader"] = importlib.import_module("litdata.streaming.item_loader").TokensLoader(LENGTH)
+        of_set["item_loader"] = importlib.import_module("litdata.streaming.item_loader").TokensLoader(LENGTH)
     elif decode:
-        options["transform"] = lambda sample: (decode(sample["data"]), sample["cls"])
-    samples = library.StreamingDataset(str(folder / "litdata"), shuffle=True, drop_last=True, **options)
-    keep: dict[str, Any] = {"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {}
-    loader = library.StreamingDataLoader(samples, batch_size=batch, num_workers=workers, drop_last=True, **keep)
+        of_set["transform"] = lambda sample: (decode(sample["data"]), sample["cls"])
+    else:
+        of_loader["collate_fn"] = lambda samples: [sample["data"] for sample in samples]
+    samples = library.StreamingDataset(str(folder / "litdata"), shuffle=True, drop_last=True, **of_set)
+    loader = library.StreamingDataLoader(samples, batch_size=batch, num_workers=workers, drop_last=True, **of_loader)
     while True:
-        for values in loader:
-            yield values if kind == "tokens" else values["data"] if decode is None else values[0]
+        yield from (values[0] if decode else values for values in loader)
 
 
 CASES: dict[str, dict[str, Callable[[Path, int, int], Iterator[Any]]]] = {
