@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from data_content import LENGTH, MEMBER_ROWS
 
 FOLDERS = {  # group -> kind of content that it reads
@@ -121,13 +121,12 @@ def main() -> int:
     plan = json.loads(sys.argv[1])
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan when the driver is killed
-    np.random.seed(0)
+    torch.set_num_threads(1)  # as a worker of a run has it
     data, group = Path(plan["data"]), plan["group"]
     if group in ("resume", "index"):
         ours = importlib.import_module("data_ours")
         if group == "resume":
-            field = "npy" if plan["kind"] == "tokens" else "jpg"
-            result = {"seconds": ours.first_batch(data / plan["kind"], plan["batch"], plan["step"], field)}
+            result = {"seconds": ours.first_batch(data / plan["kind"], plan["batch"], plan["step"])}
         else:
             result = measure(ours.index_members(data / plan["kind"]), plan["warmup"], plan["seconds"])
     else:

@@ -69,6 +69,8 @@ def tars(folder: Path) -> list[Path]:
 
 def make(data: Path, size: str, photographs: Path | None, formats: Callable[[Path], None] | None) -> Path:
     """Write what is missing below DATA/SIZE and return that; `formats` adds the peers' own formats to it, once."""
+    from pipeline.data import index
+
     folder = data / size
     note = folder / "content.json"
     facts = {"version": VERSION, "photographs": photographs is not None}
@@ -76,6 +78,8 @@ def make(data: Path, size: str, photographs: Path | None, formats: Callable[[Pat
         shutil.rmtree(folder, ignore_errors=True)
         _write(folder, size, photographs)
         note.write_text(json.dumps(facts))
+    for kind in SHARDS[size]:
+        index.build(folder / kind / "tar")  # always: its format may be another one now
     if formats and not (folder / "formats").exists():
         formats(folder)
         (folder / "formats").touch()
@@ -83,7 +87,7 @@ def make(data: Path, size: str, photographs: Path | None, formats: Callable[[Pat
 
 
 def _write(folder: Path, size: str, photographs: Path | None) -> None:
-    """All kinds as tars with their index, and the flat file."""
+    """All kinds as tars, and the flat file."""
     rows = _rows(SHARDS[size]["tokens"])
     sources = _photographs(photographs) if photographs else _smooth(np.random.default_rng(0))
     makers: dict[str, Callable[[int], tuple[dict[str, bytes], int]]] = {
@@ -100,8 +104,7 @@ def _write(folder: Path, size: str, photographs: Path | None) -> None:
 def _write_tars(
     folder: Path, shards: int, samples: int, maker: Callable[[int], tuple[dict[str, bytes], int]]
 ) -> None:
-    """`shards` tars of `samples` each, indexed, and where the samples lie."""
-    from pipeline.data import index
+    """`shards` tars of `samples` each, and where the samples lie."""
     from pipeline.data.writer import add_member
 
     (folder / "tar").mkdir(parents=True)
@@ -116,7 +119,6 @@ def _write_tars(
                     add_member(tar, f"{number:08d}.{extension}", data)
     np.save(folder / "members.npy", np.array(members, np.int64))
     np.save(folder / "labels.npy", np.array(labels, np.int64))
-    index.build(folder / "tar")
 
 
 def _rows(shape: tuple[int, int]) -> np.ndarray:
