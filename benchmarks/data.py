@@ -51,8 +51,13 @@ WITH_WORKERS = ("tokens", "images64", "images224")  # the others are measured in
 GROUPS = (*BATCHES["full"], "index", "resume")
 # (group, workers) -> loader -> least ratio. Workers are processes of the peers and threads of Millstream; 0: none.
 TARGETS: dict[tuple[str, int], dict[str, float]] = {
-    ("tokens", 0): {"webdataset": 40, "webdataset, equal decoder": 40, "litdata": 10, "np.memmap gather": 0.6}
-    | {"mosaicml-streaming": 100},
+    ("tokens", 0): {
+        "webdataset": 40,
+        "webdataset, equal decoder": 40,
+        "litdata": 10,
+        "mosaicml-streaming": 100,
+        "np.memmap gather": 0.6,
+    },
     ("packed", 0): {"webdataset": 5, "webdataset, equal decoder": 5, "webdataset, rows": 5},
     ("images64", 0): {"webdataset": 8, "webdataset, equal decoder": 3.5, "litdata": 1.3, "decode only": 0.9},
     ("images64", 2): {"webdataset": 7, "mosaicml-streaming": 5, "litdata": 2},

@@ -32,33 +32,34 @@ SHARDS = {  # size -> kind -> shards, samples in each
     "full": {"images64": (20, 2500), "images256": (10, 500), "tokens": (20, 5000), "packed": (5, 39)},
     "toy": {"images64": (2, 40), "images256": (2, 12), "tokens": (2, 1024), "packed": (2, 2)},
 }
-PHOTOGRAPHS = (
-    *("astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field ihc moon".split()),
-    *("motorcycle_left motorcycle_right retina rocket china flower".split()),
-)
+PHOTOGRAPHS = [
+    "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel",
+    "hubble_deep_field", "ihc", "moon", "motorcycle_left", "motorcycle_right",
+    "retina", "rocket", "china", "flower",
+]  # fmt: skip
 
 
 class Content:
     """One kind of content: its samples' bytes by number, as a person's own map-style data set would have them.
 
-    members: int64[n, 3], shard, offset and length of the first field.  labels: int64[n].
+    members: (shard, offset, length) of the first field.  labels: class of each.  Buffers are private, so writable:
+    torch takes them as they are, and warns about others.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.members = np.load(folder / "members.npy")
-        self.labels = np.load(folder / "labels.npy")
-        self.tars = []
+        self.members: list[tuple[int, int, int]] = np.load(folder / "members.npy").tolist()
+        self.labels: list[int] = np.load(folder / "labels.npy").tolist()
+        self.tars: list[memoryview] = []
         for path in tars(folder):
             with path.open("rb") as file:
-                self.tars.append(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-        self._places = self.members.tolist()
+                self.tars.append(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.members)
 
     def data(self, number: int) -> memoryview:
         """The bytes of the first field."""
-        shard, offset, length = self._places[number]
+        shard, offset, length = self.members[number]
         return self.tars[shard][offset : offset + length]
 
 
@@ -101,9 +102,7 @@ def _write(folder: Path, size: str, photographs: Path | None) -> None:
     rows.tofile(folder / "tokens.bin")
 
 
-def _write_tars(
-    folder: Path, shards: int, samples: int, maker: Callable[[int], tuple[dict[str, bytes], int]]
-) -> None:
+def _write_tars(folder: Path, shards: int, samples: int, maker: Callable[[int], tuple[dict[str, bytes], int]]) -> None:
     """`shards` tars of `samples` each, and where the samples lie."""
     from pipeline.data.writer import add_member
 
@@ -152,7 +151,8 @@ def _images(
             piece = piece.resize((size, size), Image.Resampling.BILINEAR)
         pixels = np.asarray(piece) + rng.normal(0, NOISE[kind], (*piece.size[::-1], 3))
         buffer = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY[kind], subsampling="4:2:0")
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        picture.save(buffer, "JPEG", quality=QUALITY[kind], subsampling="4:2:0")
         label = int(rng.integers(CLASSES))
         return {"jpg": buffer.getvalue(), "cls": b"%d" % label}, label
 

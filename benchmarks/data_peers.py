@@ -10,6 +10,7 @@ Every function yields batches for ever: (folder, batch, workers) -> arrays or te
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import random
@@ -71,8 +72,7 @@ def pillow_cropped(picture: Image.Image) -> np.ndarray:
 
 def webdataset(kind: str, decoder: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
     """decoder: "default", "equal", "none"; for packed members also "rows", which are shuffled one by one."""
-    import webdataset as wds
-
+    wds: Any = importlib.import_module("webdataset")
     samples = wds.WebDataset([str(path) for path in tars(folder)], shardshuffle=100)
     field = "npy" if kind in ("tokens", "packed") else "jpg"
     if decoder == "rows":
@@ -101,30 +101,32 @@ class MapStyle:
     """What torch.utils.data calls a map-style data set: one sample by its number, decoded as Millstream does."""
 
     def __init__(self, folder: Path, decode: Callable[[memoryview], Any]) -> None:
-        self.content = Content(folder)
-        self.decode = decode
+        self.content, self.decode = Content(folder), decode
 
     def __len__(self) -> int:
         return len(self.content)
 
+    def __getitem__(self, number: int) -> Any:
+        return self.decode(self.content.data(number))
+
+
+class Labelled(MapStyle):
+    """With its class."""
+
     def __getitem__(self, number: int) -> tuple[Any, int]:
-        return self.decode(self.content.data(number)), int(self.content.labels[number])
+        return self.decode(self.content.data(number)), self.content.labels[number]
 
 
 def dataloader(kind: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
     """The default collation stacks, for bytes it makes lists."""
     from torch.utils.data import DataLoader
 
-    decode = {"images64": image, "images224": cropped, "tokens": copied_row, "bytes64": bytes, "bytes256": bytes}[kind]
+    decode = {"images64": image, "images224": cropped, "tokens": row, "bytes64": bytes, "bytes256": bytes}[kind]
     keep: dict[str, Any] = {"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {}
-    loader: Any = DataLoader(MapStyle(folder, decode), batch, shuffle=True, num_workers=workers, drop_last=True, **keep)  # type: ignore[arg-type]
+    samples: Any = (Labelled if kind.startswith("images") else MapStyle)(folder, decode)
+    loader: Any = DataLoader(samples, batch, shuffle=True, num_workers=workers, drop_last=True, **keep)
     while True:
-        yield from (values[0] for values in loader)
-
-
-def copied_row(data: bytes | memoryview) -> np.ndarray:
-    """uint16[1024] that may be written to, which the default collation warns about otherwise."""
-    return row(data).copy()
+        yield from (values[0] if kind.startswith("images") else values for values in loader)
 
 
 @lru_cache(maxsize=1)

@@ -55,7 +55,7 @@ def _write_mds(folder: Path, content: Content) -> None:
         columns = {"data": f"ndarray:uint16:{LENGTH}"}
     with streaming.MDSWriter(out=str(folder / "mds"), columns=columns, size_limit=CHUNK_BYTES) as writer:
         for number in range(len(content)):
-            data, label = content.data(number), int(content.labels[number])
+            data, label = content.data(number), content.labels[number]
             sample = {"data": row(data)} if folder.name == "tokens" else {"data": bytes(data), "cls": label}
             writer.write(sample)
 
@@ -86,7 +86,7 @@ def _of_litdata(folder: Path, numbers: np.ndarray) -> Iterator[Any]:
         if folder.name == "tokens":
             yield torch.from_numpy(row(data).copy())
         else:
-            yield {"data": bytes(data), "cls": int(content.labels[number])}
+            yield {"data": bytes(data), "cls": content.labels[number]}
 
 
 def mosaicml(kind: str, decoder: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:

@@ -124,7 +124,8 @@ def test_workers_end_with_the_one_that_started_them(folder: Path):
     )
     script = folder / "script.py"
     script.write_text(code)
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     worker = int(process.stdout.readline())
     assert Path(f"/proc/{worker}").exists()
