@@ -20,6 +20,7 @@ beside it. mosaicml-streaming and litdata live in a venv of their own, which mus
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import random
@@ -90,7 +91,7 @@ def cases(group: str, workers: list[int], peers: bool) -> list[Case]:
 
 
 def _offers(module: str) -> dict[str, Any]:
-    return __import__(module).CASES
+    return importlib.import_module(module).CASES
 
 
 def run(plan: argparse.Namespace, folder: Path, name: str, **settings: Any) -> dict[str, float]:
@@ -251,8 +252,9 @@ def main() -> int:
         print(parts[-1], end="\n\n", flush=True)
     if plan.save:
         facts = [f"{plan.rounds} rounds; {plan.seconds:g} s of each case count, after {plan.warmup:g} s"]
-        facts += [f"Content: {plan.size}; {sizes(folder)}"]
-        print(f"saved in {report.save('data', report.page('Loaders', facts, chr(10).join(parts), load))}")
+        facts += [f"Content: {plan.size}; {sizes(folder)}", f"Loaders: {versions(plan)}"]
+        path = report.save("data", report.page("Loaders", facts, "\n\n".join(parts), load))
+        print(f"saved in {path}")
     return 0
 
 
@@ -263,6 +265,12 @@ def sizes(folder: Path) -> str:
     kinds = ("images64", "images256")
     means = {kind: np.load(folder / kind / "members.npy")[:, 2].mean() for kind in kinds}
     return ", ".join(f"{kind} {mean:,.0f} bytes each" for kind, mean in means.items())
+
+
+def versions(plan: argparse.Namespace) -> str:
+    """Of the libraries that are compared."""
+    found = [f"{name} {importlib.metadata.version(name)}" for name in ("webdataset", "simplejpeg", "pillow")]
+    return ", ".join([*found, *(WITHOUT_DEPENDENCIES[:2] if plan.peers_there else ())]).replace("==", " ")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,16 @@ MODULES = {  # name -> where its CASES are; what is not here is Millstream's
     "decode + crop": "data_limits",
     "np.memmap gather": "data_limits",
 }
+CLOSE_SECONDS = 5.0  # that a loader gets to put its things away
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 
 
-def batches(group: str, name: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
+def batches(group: str, name: str, folder: Path, batch: int, workers: int) -> Generator[Any, None, None]:
     """What this loader gives, for ever."""
     if name in MODULES:
         return importlib.import_module(MODULES[name]).CASES[name][group](folder, batch, workers)
     ours = importlib.import_module("data_ours")
-    function: Callable[..., Iterator[Any]] = ours.raw_bytes if group.startswith("bytes") else getattr(ours, group)
+    function: Callable[..., Any] = ours.raw_bytes if group.startswith("bytes") else getattr(ours, group)
     return function(folder, batch, max(workers, 1))
 
 
@@ -122,6 +124,7 @@ def main() -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan when the driver is killed
     torch.set_num_threads(1)  # as a worker of a run has it
+    source: Generator[Any, None, None] | None = None
     data, group = Path(plan["data"]), plan["group"]
     if group in ("resume", "index"):
         ours = importlib.import_module("data_ours")
@@ -135,7 +138,10 @@ def main() -> int:
         gc.collect()
         result = measure((samples(group, batch) for batch in source), plan["warmup"], plan["seconds"])
     print(json.dumps(result), flush=True)
-    os._exit(0)  # threads and workers of libraries may hang at exit; all that counts has been said
+    threading.Timer(CLOSE_SECONDS, os._exit, [0]).start()  # workers may hang at the end; all that counts has been said
+    if source is not None:
+        source.close()
+    os._exit(0)
 
 
 if __name__ == "__main__":

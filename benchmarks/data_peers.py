@@ -14,7 +14,7 @@ import importlib
 import io
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def pillow_cropped(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.resize((CROP, CROP), Image.Resampling.BILINEAR))
 
 
-def webdataset(kind: str, decoder: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
+def webdataset(kind: str, decoder: str, folder: Path, batch: int, workers: int) -> Generator[Any, None, None]:
     """decoder: "default", "equal", "none"; for packed members also "rows", which are shuffled one by one."""
     wds: Any = importlib.import_module("webdataset")
     samples = wds.WebDataset([str(path) for path in tars(folder)], shardshuffle=100)
@@ -117,7 +117,7 @@ class Labelled(MapStyle):
         return self.decode(self.content.data(number)), self.content.labels[number]
 
 
-def dataloader(kind: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
+def dataloader(kind: str, folder: Path, batch: int, workers: int) -> Generator[Any, None, None]:
     """The default collation stacks, for bytes it makes lists."""
     from torch.utils.data import DataLoader
 
@@ -135,7 +135,7 @@ def _generator() -> np.random.Generator:
     return np.random.default_rng()
 
 
-CASES: dict[str, dict[str, Callable[[Path, int, int], Iterator[Any]]]] = {
+CASES: dict[str, dict[str, Callable[[Path, int, int], Generator[Any, None, None]]]] = {
     "webdataset": {
         **{kind: partial(webdataset, kind, "default") for kind in ("tokens", "packed", "images64", "images224")},
         **{kind: partial(webdataset, kind, "none") for kind in ("bytes64", "bytes256")},

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,9 @@ def _of_litdata(folder: Path, numbers: np.ndarray) -> Iterator[Any]:
             yield {"data": bytes(data), "cls": content.labels[number]}
 
 
-def mosaicml(kind: str, decoder: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
+def mosaicml(kind: str, decoder: str, folder: Path, batch: int, workers: int) -> Generator[Any, None, None]:
     """decoder: "default", "equal" or "none"."""
     streaming = load("streaming")
-    streaming.base.util.clean_stale_shared_memory()  # of a run that was killed; it would refuse to start
     decode = _default_decoder(kind) if decoder == "default" else {"images64": image, "images224": cropped}.get(kind)
 
     class Decoded(streaming.StreamingDataset):
@@ -103,8 +102,12 @@ def mosaicml(kind: str, decoder: str, folder: Path, batch: int, workers: int) ->
     samples = Decoded(local=str(folder / "mds"), shuffle=True, batch_size=batch)
     keep: dict[str, Any] = {"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {}
     loader = streaming.StreamingDataLoader(samples, batch_size=batch, num_workers=workers, drop_last=True, **keep)
-    while True:
-        yield from (values[0] for values in loader)
+    try:
+        while True:
+            yield from (values[0] for values in loader)
+    finally:  # it would outlive the process, which ends at once
+        for path in Path("/dev/shm").glob(f"{samples._shm_prefix_int:06}_*"):
+            path.unlink(missing_ok=True)
 
 
 def _default_decoder(kind: str) -> Callable[[bytes], np.ndarray]:
@@ -115,7 +118,7 @@ def _default_decoder(kind: str) -> Callable[[bytes], np.ndarray]:
     return lambda data: np.asarray(decode("jpeg", data))
 
 
-def litdata(kind: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
+def litdata(kind: str, folder: Path, batch: int, workers: int) -> Generator[Any, None, None]:
     """Samples shuffled in and over chunks; bytes are not collated."""
     library = load("litdata")
     decode = {"images64": image, "images224": cropped}.get(kind)
@@ -133,7 +136,7 @@ def litdata(kind: str, folder: Path, batch: int, workers: int) -> Iterator[Any]:
         yield from (values[0] if decode else values for values in loader)
 
 
-CASES: dict[str, dict[str, Callable[[Path, int, int], Iterator[Any]]]] = {
+CASES: dict[str, dict[str, Callable[[Path, int, int], Generator[Any, None, None]]]] = {
     "mosaicml-streaming": {
         **{kind: partial(mosaicml, kind, "equal") for kind in ("tokens", "images64", "images224")},
         **{kind: partial(mosaicml, kind, "none") for kind in ("bytes64", "bytes256")},
