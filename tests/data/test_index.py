@@ -16,6 +16,7 @@ from webdataset.writer import ShardWriter
 from xxhash import xxh3_64_intdigest
 
 from pipeline import rules
+from pipeline.config import Source
 from pipeline.data import index as indexer
 from pipeline.data.index import build, open_index
 from pipeline.errors import DataError
@@ -164,12 +165,12 @@ def test_an_index_of_the_first_format_is_named_and_replaced(folder: Path):
     (folder / "index.json").write_text('{"format": "millstream index", "version": 1, "identity": "0"}')
     with pytest.raises(DataError, match=rf"older Millstream \(index\.json\); run `millstream data index {folder}`"):
         open_index(folder)
-    (problem,) = rules.folders(rules.Known({"data": {"train": folder}}))
+    (problem,) = rules.folders(rules.Known({"data": {"train": {"train": Source(folder=folder)}}}))
     assert "only one of an older Millstream (index.json)" in problem.message
     assert f"millstream data index {folder}" in (problem.suggestion or "")
     assert build(folder).samples == 47
     assert not (folder / "index.json").exists()
-    assert rules.folders(rules.Known({"data": {"train": folder}})) == []
+    assert rules.folders(rules.Known({"data": {"train": {"train": Source(folder=folder)}}})) == []
 
 
 def test_an_index_that_does_not_fit_is_named(folder: Path):
