@@ -60,7 +60,7 @@ def batches(group: str, name: str, folder: Path, batch: int, workers: int) -> Ge
         return importlib.import_module(MODULES[name]).CASES[name][group](folder, batch, workers)
     ours = importlib.import_module("data_ours")
     function: Callable[..., Any] = ours.raw_bytes if group.startswith("bytes") else getattr(ours, group)
-    return function(folder, batch, max(workers, 1))
+    return function(folder, batch, workers)
 
 
 def samples(group: str, batch: Any) -> int:

@@ -1,7 +1,8 @@
 """Millstream's side of data.py: the data of a run as it reads them, with digests compared and all else at its defaults.
 
 Each function yields batches for ever (tokens, packed: uint16; images: uint8 [batch, height, width, 3]; raw_bytes: a
-list of the bytes). `threads` stands for the peers' worker processes: decoders run beside each other in threads.
+list of the bytes). `threads` stands for the peers' worker processes: decoders run beside each other in threads, or, as
+the peers do it without workers, in the loop itself.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Data(Strict):
     lanes: Count | None = Field(default=None, description="reading positions; null: one per micro batch of a step")
     shuffle_blocks: Count = Field(default=96, description="blocks that are shuffled together, over all lanes")
     block_bytes: Count = Field(default=1 << 20, description="bytes that are read in one piece, on average")
-    threads: Count = Field(default=1, description="decoder threads per worker")
+    threads: int = Field(default=1, ge=0, description="decoder threads per worker; 0: in the loop itself, when needed")
     processes: int = Field(default=0, ge=0, description="decoder processes per worker, instead of threads; 0: threads")
     prefetch: Count = Field(default=4, description="micro batches decoded ahead of need, per worker")
     check_digests: bool = Field(default=True, description="compare every sample read with the digest in the index")

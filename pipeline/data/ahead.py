@@ -12,6 +12,7 @@ What it gives up: a micro batch is good until the next step is asked for; who wa
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -19,8 +20,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,15 +32,16 @@ import torch.multiprocessing  # teaches multiprocessing to pass tensors in share
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes, tensor_type
 
 START_BYTES = 16  # from torch's 64-byte edges: libjpeg-turbo takes 7 % longer into rows that begin at 32-byte edges
+TOGETHER_SECONDS = 0.001  # for which the taker waits for more than one micro batch, when none is there
 PARENT_SECONDS = 1.0  # how often a decoder process looks whether its parent is alive
 
 
 class Buffers:
-    """The tensors of one micro batch, used again for another one later."""
+    """The arrays of one micro batch, used again for another one later."""
 
     def __init__(self) -> None:
         self._pin = torch.cuda.is_available()
-        self._flat: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, np.ndarray] = {}
         self.copied: Any = None  # on GPU: the event after which the device has its copy
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -46,60 +49,178 @@ class Buffers:
         if self.copied is not None:
             self.copied.synchronize()
             self.copied = None
-        kind, size = tensor_type(name, dtype), int(np.prod(shape))
-        flat, start = self._flat.get(name), max(1, START_BYTES // kind.itemsize)
-        if flat is None or flat.dtype != kind or flat.numel() < start + size:
-            flat = self._flat[name] = torch.empty(start + size, dtype=kind, pin_memory=self._pin)
-        return flat[start : start + size].view(shape).numpy()
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != shape or kept.dtype != dtype:
+            kind, size = tensor_type(name, dtype), math.prod(shape)
+            start = max(1, START_BYTES // kind.itemsize)
+            flat = torch.empty(start + size, dtype=kind, pin_memory=self._pin)
+            kept = self._kept[name] = flat[start:].view(shape).numpy()
+        return kept
 
 
-class Ahead:
-    """Runs `fill` on the rows of each plan, `depth` of them ahead of the one that is taken next."""
+class _Pool:
+    """Buffers that are free, and those that were handed out and are looked at until `give_back`."""
 
-    def __init__(
-        self,
-        fill: Fill,
-        plans: Iterator[Callable[[], Rows]],
-        *,
-        threads: int = 1,
-        processes: int = 0,
-        depth: int = 1,
-        substitutes: Substitutes | None = None,
-    ) -> None:
-        self._fill, self._plans = fill, plans
-        self._substitutes: Substitutes = {} if substitutes is None else substitutes
-        self._stop = threading.Event()
+    def __init__(self) -> None:
         self._free: list[Buffers] = []
         self._lent: list[Buffers] = []
-        self._jobs: deque[tuple[Future[MicroBatch], Buffers | None]] = deque()
-        self._pool: ThreadPoolExecutor | ProcessPoolExecutor
-        if processes:
-            spawn = multiprocessing.get_context("spawn")  # no fork: this process has threads
-            self._pool = ProcessPoolExecutor(processes, spawn, _begin, (fill, os.getpid()))
-        else:
-            self._pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="loader")
-        for _ in range(max(depth, 1)):
-            self._submit()
 
-    def _submit(self) -> None:
-        plan = next(self._plans, None)
-        if plan is None:
-            return
-        if isinstance(self._pool, ProcessPoolExecutor):
-            self._jobs.append((self._pool.submit(_filled, plan(), dict(self._substitutes)), None))
-        else:
-            buffers = self._free.pop() if self._free else Buffers()
-            job = self._pool.submit(self._on_thread, plan, buffers)
-            self._jobs.append((job, buffers))
+    def get(self) -> Buffers:
+        return self._free.pop() if self._free else Buffers()
 
-    def _on_thread(self, plan: Callable[[], Rows], buffers: Buffers) -> MicroBatch:
-        return self._fill(plan(), self._substitutes, buffers.empty, self._stop.is_set)
+    def lend(self, buffers: Buffers) -> None:
+        self._lent.append(buffers)
+
+    def give_back(self) -> None:
+        """What was lent so far is no longer looked at."""
+        if self._lent and torch.cuda.is_available():  # copies to the device may still be under way
+            event = torch.cuda.Event()
+            event.record()
+            for buffers in self._lent:
+                buffers.copied = event
+        self._free += self._lent
+        self._lent.clear()
+
+
+@dataclass(eq=False)
+class _Job:
+    """One micro batch that a thread prepares, or has prepared: then there is `micro` or `error`."""
+
+    buffers: Buffers
+    micro: MicroBatch | None = None
+    error: BaseException | None = None
+    done: bool = False
+
+
+class Threads:
+    """Runs `fill` on the rows of each plan in threads, at most `depth` of them ahead of the one that is taken next."""
+
+    def __init__(
+        self, fill: Fill, plans: Iterator[Callable[[], Rows]], substitutes: Substitutes, *, threads: int, depth: int
+    ) -> None:
+        self._fill, self._plans, self._substitutes, self._depth = fill, plans, substitutes, depth
+        self._stop = threading.Event()
+        self._buffers = _Pool()
+        self._jobs: deque[_Job] = deque()  # not taken yet, in their order
+        self._done = 0  # of them
+        self._wanted = 0  # so many done are worth waking the taker
+        lock = threading.Lock()
+        self._room, self._ready = threading.Condition(lock), threading.Condition(lock)
+        self._threads = [threading.Thread(target=self._work, name=f"loader {i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while (begun := self._begin()) is not None:
+            plan, job = begun
+            try:
+                job.micro = self._fill(plan(), self._substitutes, job.buffers.empty, self._stop.is_set)
+            except BaseException as error:  # the taker raises it
+                job.error = error
+            with self._ready:
+                job.done = True
+                self._done += 1
+                if self._done >= self._wanted:
+                    self._ready.notify()
+
+    def _begin(self) -> tuple[Callable[[], Rows], _Job] | None:
+        with self._room:
+            self._room.wait_for(lambda: self._stop.is_set() or len(self._jobs) < self._depth)
+            plan = None if self._stop.is_set() else next(self._plans, None)
+            if plan is None:
+                return None
+            self._jobs.append(_Job(self._buffers.get()))
+            return plan, self._jobs[-1]
 
     def take(self) -> MicroBatch:
         """The next micro batch; good until `give_back`. Raises what went wrong while it was prepared."""
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
-        job, buffers = self._jobs.popleft()
+        with self._ready:
+            if not self._first_done():  # a moment for several: waking a thread costs as much as a batch of token rows
+                self._wanted = self._depth
+                self._ready.wait_for(lambda: self._done >= self._wanted, TOGETHER_SECONDS)
+                self._wanted = 0
+                self._ready.wait_for(self._first_done)
+            job = self._jobs.popleft()
+            self._done -= 1
+            self._room.notify()
+        if job.micro is None:
+            self.close()
+            assert job.error is not None
+            raise job.error
+        self._buffers.lend(job.buffers)
+        _decide(self._substitutes, job.micro)
+        return job.micro
+
+    def _first_done(self) -> bool:
+        return bool(self._jobs) and self._jobs[0].done
+
+    def give_back(self) -> None:
+        """What was taken so far is no longer looked at: its buffers may be filled again."""
+        self._buffers.give_back()
+
+    def close(self) -> None:
+        """Stop, and wait until the threads have ended; may be called twice."""
+        with self._room:
+            self._stop.set()
+            self._room.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._jobs.clear()
+
+
+class Here:
+    """No threads at all: a micro batch is prepared when it is taken. For debuggers, and rows that are only copied."""
+
+    def __init__(self, fill: Fill, plans: Iterator[Callable[[], Rows]], substitutes: Substitutes) -> None:
+        self._fill, self._plans, self._substitutes = fill, plans, substitutes
+        self._buffers = _Pool()
+        self._closed = False
+
+    def take(self) -> MicroBatch:
+        """The next micro batch; good until `give_back`. Raises what goes wrong while it is prepared."""
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        buffers = self._buffers.get()
+        self._buffers.lend(buffers)
+        micro = self._fill(next(self._plans)(), self._substitutes, buffers.empty)
+        _decide(self._substitutes, micro)
+        return micro
+
+    def give_back(self) -> None:
+        """What was taken so far is no longer looked at: its buffers may be filled again."""
+        self._buffers.give_back()
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._closed = True
+
+
+class Processes:
+    """`Threads` with processes: each gives a micro batch of its own, so there is nothing to give back."""
+
+    def __init__(
+        self, fill: Fill, plans: Iterator[Callable[[], Rows]], substitutes: Substitutes, *, processes: int, depth: int
+    ) -> None:
+        self._plans, self._substitutes = plans, substitutes
+        spawn = multiprocessing.get_context("spawn")  # no fork: this process has threads
+        self._pool = ProcessPoolExecutor(processes, spawn, _begin, (fill, os.getpid()))
+        self._jobs: deque[Future[MicroBatch]] = deque()
+        self._closed = False
+        for _ in range(depth):
+            self._submit()
+
+    def _submit(self) -> None:
+        plan = next(self._plans, None)
+        if plan is not None:
+            self._jobs.append(self._pool.submit(_filled, plan(), dict(self._substitutes)))
+
+    def take(self) -> MicroBatch:
+        """The next micro batch. Raises what went wrong while it was prepared."""
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        job = self._jobs.popleft()
         self._submit()
         try:
             micro = job.result()
@@ -109,27 +230,41 @@ class Ahead:
         except BaseException:
             self.close()
             raise
-        if buffers is not None:
-            self._lent.append(buffers)
-        for found in micro.found:  # the first decision holds
-            self._substitutes.setdefault((found.source, found.number), found.substitute)
+        _decide(self._substitutes, micro)
         return micro
 
     def give_back(self) -> None:
-        """What was taken so far is no longer looked at: its buffers may be filled again."""
-        if self._lent and torch.cuda.is_available():  # copies to the device may still be under way
-            event = torch.cuda.Event()
-            event.record()
-            for buffers in self._lent:
-                buffers.copied = event
-        self._free += self._lent
-        self._lent.clear()
+        """Nothing to do: see Threads."""
 
     def close(self) -> None:
-        """Stop, and wait until threads and processes have ended; may be called twice."""
-        self._stop.set()
+        """Stop, and wait until the processes have ended; may be called twice."""
+        self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._jobs.clear()
+
+
+def start(
+    fill: Fill,
+    plans: Iterator[Callable[[], Rows]],
+    *,
+    threads: int,
+    processes: int,
+    depth: int,
+    substitutes: Substitutes | None = None,
+) -> Threads | Processes | Here:
+    """Prepare what the plans say, in processes if there shall be some, else in threads, with neither when asked."""
+    known: Substitutes = {} if substitutes is None else substitutes
+    depth = max(depth, 1)
+    if processes:
+        return Processes(fill, plans, known, processes=processes, depth=depth)
+    if threads:
+        return Threads(fill, plans, known, threads=threads, depth=depth)
+    return Here(fill, plans, known)
+
+
+def _decide(substitutes: Substitutes, micro: MicroBatch) -> None:
+    for found in micro.found:  # the first decision holds
+        substitutes.setdefault((found.source, found.number), found.substitute)
 
 
 _fill: Fill | None = None  # of a decoder process, set once when it begins

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -204,9 +205,14 @@ def begin(rng: np.random.Generator, source: int, epoch: int, number: int) -> Non
 def tensor_type(name: str, dtype: Any) -> torch.dtype:
     """torch's word for a numpy type; DataError when no tensor can hold it."""
     try:
-        return torch.from_numpy(np.empty(0, dtype)).dtype
+        return _tensor_type(np.dtype(dtype))
     except TypeError as error:
         raise DataError(f"the task gave {name} as {np.dtype(dtype)}, which no tensor can hold") from error
+
+
+@lru_cache(maxsize=64)
+def _tensor_type(dtype: np.dtype) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def _tensor(name: str, array: np.ndarray, empty: Empty) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.data.ahead import Ahead
+from pipeline.data import ahead
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes
 from pipeline.data.samples import Lookup
 from pipeline.errors import ConfigError, DataError
@@ -76,7 +76,9 @@ class Loader:
         planned = _Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
         plans = (partial(planned.rows, step, j) for step in count(start_step) for j in self._own)
         depth = max(prefetch, len(self._own))
-        self._ahead = Ahead(fill, plans, threads=threads, processes=processes, depth=depth, substitutes=substitutes)
+        self._ahead = ahead.start(
+            fill, plans, threads=threads, processes=processes, depth=depth, substitutes=substitutes
+        )
 
     def step(self, k: int) -> list[MicroBatch]:
         """The ceil(M / R) micro batches of step k; a rank that has one less repeats its last with `filler` set.
@@ -91,7 +93,9 @@ class Loader:
         batches = [self._ahead.take() for _ in self._own]
         self.wait_seconds = time.perf_counter() - began
         self._next_step += 1
-        return batches + [replace(batches[-1], filler=True)] * (self._micro_steps - len(batches))
+        if len(batches) < self._micro_steps:
+            batches.append(replace(batches[-1], filler=True))
+        return batches
 
     def close(self) -> None:
         """Stop the threads and wait until they have ended; may be called twice."""
@@ -155,12 +159,12 @@ def evaluation_batches(
     own = list(range(rank, batches, world_size))
     mine = own or [rank % batches]
     depth = 2 * max(threads, processes, 1)
-    ahead = Ahead(fill, (partial(rows, i) for i in mine), threads=threads, processes=processes, depth=depth)
+    prepared = ahead.start(fill, (partial(rows, i) for i in mine), threads=threads, processes=processes, depth=depth)
     try:
         for turn in range(-(-batches // world_size)):
             if turn < len(mine):
-                ahead.give_back()
-                last = ahead.take()
+                prepared.give_back()
+                last = prepared.take()
             yield replace(last, filler=turn >= len(own))
     finally:
-        ahead.close()
+        prepared.close()

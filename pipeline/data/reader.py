@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,21 @@ class Mapped:
     segment: Segment
     _places: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
+    @cached_property
+    def address(self) -> int:
+        """Of the tar in memory."""
+        return int(np.frombuffer(self.tar, np.uint8).ctypes.data)
+
     def places(self, name: str) -> tuple[np.ndarray, ...]:
-        """Where a field begins and ends in the tar, and its digest: [samples] each; begin -1 where a row lacks it."""
+        """Where a field begins in the tar, its length and digest: [samples] each; length -1 where a row lacks it."""
         if name not in self._places:
             records = self.segment.column(name)
             table = self.segment.table[records]
-            begins, lengths, digests = (np.ascontiguousarray(table[c]) for c in ("offset", "length", "digest"))
-            begins = np.where(records < 0, -1, begins.astype(np.int64))
-            self._places[name] = begins, begins + lengths.astype(np.int64), digests
+            begins, lengths = table["offset"].astype(np.int64), table["length"].astype(np.int64)
+            lengths[records < 0] = -1
+            if (begins + lengths > len(self.tar)).any():  # they are followed without another look
+                raise SampleError(f"{self.path}: its index tells of more bytes than it has; index it again")
+            self._places[name] = begins, lengths, np.ascontiguousarray(table["digest"])
         return self._places[name]
 
 

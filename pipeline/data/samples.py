@@ -11,6 +11,7 @@ What it gives up: a column of samples that are not alike. It is None then, and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,21 +23,25 @@ from pipeline.data.decode import npy_header
 from pipeline.data.reader import Dataset, Mapped, Sample, SampleError
 
 NPY_START = 128  # bytes of an npy header as numpy writes it; only then are rows stacked at once
+ADDRESSES = 2**47  # of a process, on x86-64 and arm64 as Linux sets them up
+GATHERED_BYTES = 16384  # rows up to this size are copied by one call for all of them, larger ones by a call each
 
 Empty = Callable[[str, tuple[int, ...], Any], np.ndarray]  # (name, shape, dtype) -> a buffer
 
 
 class Column(NamedTuple):
-    """Where a field of k samples lies: the bytes [begin, end) of the tar of that number, and their xxh3_64.
+    """Where a field of k samples lies, int64[k] each: from which byte of which of the lookup's tars, how many bytes.
 
-    lengths: int64[k], end - begin; -1 where a sample lacks the field.
+    lengths: -1 where a sample lacks the field.  digests: uint64[k], xxh3_64 of the bytes.  addresses: of the bytes in
+    memory.  length: the one that all have in common, -1 when there is none.
     """
 
-    tars: list[int]
-    begins: list[int]
-    ends: list[int]
-    digests: list[int]
+    tars: np.ndarray
+    begins: np.ndarray
     lengths: np.ndarray
+    digests: np.ndarray
+    addresses: np.ndarray
+    length: int
 
 
 class Lookup:
@@ -72,9 +77,10 @@ class Lookup:
         sizes = [len(rows) for _, _, rows in self.parts]
         tars = np.repeat(np.arange(len(sizes)), sizes)[self._back]
         taken = ([column[rows] for column in shard.places(field)] for shard, _, rows in self.parts)
-        begins, ends, digests = (np.concatenate(column)[self._back] for column in zip(*taken))
-        lengths = np.where(begins < 0, -1, ends - begins)
-        return Column(tars.tolist(), begins.tolist(), ends.tolist(), digests.tolist(), lengths)
+        begins, lengths, digests = (np.concatenate(column)[self._back] for column in zip(*taken))
+        addresses = np.array([shard.address for shard, _, _ in self.parts])[tars] + begins
+        length = int(lengths[0])
+        return Column(tars, begins, lengths, digests, addresses, -1 if (lengths != length).any() else length)
 
     def values(self, field: str) -> np.ndarray | None:
         """int64[k], whole numbers that the index holds (such as cls); None when it does not hold all of them."""
@@ -131,40 +137,68 @@ class Samples:
 
     def array(self, field: str) -> np.ndarray | None:
         """The arrays of an npy field stacked, [m, ...]; None when they are not all of one type and shape."""
-        lengths = self._lookup.column(field).lengths[self._range]
-        length = int(lengths[0])
-        views = None if length < NPY_START or (lengths != length).any() else self._views(field)
-        if views is None:
+        column, part = self._lookup.column(field), self._range
+        length = column.length if column.length >= 0 else _common(column.lengths[part])
+        if length < NPY_START:
             return None
-        joined = bytearray().join(views)
+        rows = self.empty(f"{field} rows", (len(self), length), np.uint8)
+        if length <= GATHERED_BYTES:
+            rows[:] = _memory(length)[column.addresses[part] - 1]
+        else:
+            for row, view in zip(rows, self._views(field) or ()):
+                row[:] = view
         if self._check:  # what is used, not what was copied; it is still in the cache
-            flat = memoryview(joined)
-            self._compare(field, list(map(xxh3_64_intdigest, map(flat.__getitem__, _rows(len(views), length)))))
-        rows = np.frombuffer(joined, np.uint8).reshape(len(views), length)
-        dtype, shape, order, begin = npy_header(views[0])
-        if (rows[:, :NPY_START] != rows[0, :NPY_START]).any() or begin != NPY_START or order != "C":
+            self._compare(
+                field, list(map(xxh3_64_intdigest, map(rows.data.cast("B").__getitem__, _slices(*rows.shape))))
+            )
+        dtype, shape, order, begin = npy_header(rows[0, :NPY_START].data)
+        words = rows[:, :NPY_START].view(np.int64)
+        if (words != words[0]).any() or begin != NPY_START or order != "C":
             return None
-        if not dtype.itemsize or dtype.itemsize * int(np.prod(shape)) != length - begin:
+        if not dtype.itemsize or dtype.itemsize * math.prod(shape) != length - begin:
             return None
-        return rows[:, begin:].view(dtype).reshape(len(views), *shape)
+        return rows[:, begin:].view(dtype).reshape(len(rows), *shape)
 
     def _views(self, field: str) -> list[memoryview] | None:
         column, part = self._lookup.column(field), self._range
-        if column.lengths[part].min() < 0:
+        begins, lengths = column.begins[part], column.lengths[part]
+        if lengths.min() < 0:
             return None
         tars = [shard.tar for shard, _, _ in self._lookup.parts]
-        return [tars[t][b:e] for t, b, e in zip(column.tars[part], column.begins[part], column.ends[part])]
+        places = zip(column.tars[part].tolist(), begins.tolist(), (begins + lengths).tolist())
+        return [tars[t][b:e] for t, b, e in places]
 
     def _compare(self, field: str, read: list[int]) -> None:
         """Raises what reading the first sample that is not as indexed says by itself."""
-        noted = self._lookup.column(field).digests[self._range]
+        noted = self._lookup.column(field).digests[self._range].tolist()
         if read != noted:
             row = next(row for row, digest in enumerate(read) if digest != noted[row])
             self[row].raw(field)
             raise SampleError(f"sample {self.numbers[row]}: the bytes of {field} changed while they were read")
 
 
+def _common(lengths: np.ndarray) -> int:
+    return -1 if (lengths != lengths[0]).any() else int(lengths[0])
+
+
 @lru_cache(maxsize=64)
-def _rows(count: int, length: int) -> list[slice]:
+def _memory(length: int) -> np.ndarray:
+    """All memory as rows of `length` bytes, read-only: row i begins at address i + 1. numpy's indexing then gathers.
+
+    The shards that are read stay mapped as long as their lookup lives.
+    """
+    return np.asarray(_Memory(length))
+
+
+class _Memory:
+    """numpy's array interface (numpy.org, "The array interface protocol") over the address space."""
+
+    def __init__(self, length: int) -> None:
+        place = {"shape": (ADDRESSES, length), "strides": (1, 1), "data": (1, True)}
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", **place}
+
+
+@lru_cache(maxsize=64)
+def _slices(count: int, length: int) -> list[slice]:
     """Where the rows of a flat buffer lie."""
     return [slice(at, at + length) for at in range(0, count * length, length)]

@@ -119,7 +119,7 @@ def test_work_is_done_off_the_main_thread(dataset: Dataset) -> None:
     with Loader(Fill([dataset], prepare), Watched(), global_batch_size=4, micro_batch_size=2) as batches:
         for step in range(5):
             batches.step(step)
-    assert threads == {"loader_0"}
+    assert threads == {"loader 0"}
 
 
 def test_a_batch_stays_until_the_next_step_and_its_memory_is_used_again(dataset: Dataset) -> None:
