@@ -31,12 +31,12 @@ BEGAN = time.perf_counter()  # before anything heavy is imported: imports are a 
 import numpy as np  # noqa: E402
 import report  # noqa: E402
 
-from pipeline.config import Data  # noqa: E402
 from pipeline.data import root, segment  # noqa: E402
 from pipeline.data.index import Index, open_index  # noqa: E402
 from pipeline.data.mixture import Mixture, Source  # noqa: E402
 from pipeline.data.order import block_samples  # noqa: E402
 from pipeline.data.storage import Folder  # noqa: E402
+from pipeline.sections import Data  # noqa: E402
 
 PERIOD = 1 << 16  # samples after which lengths repeat; a shard begins anywhere in the period and has fewer
 SHARD = 20_000  # samples of a shard, at most

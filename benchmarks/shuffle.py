@@ -40,8 +40,8 @@ from typing import NamedTuple
 import numpy as np
 import report
 
-from pipeline.config import Data
 from pipeline.data.order import Order, block_samples
+from pipeline.sections import Data
 
 BATCH, NEAR, CLASSES, EPOCHS = 256, 256, 100, 2
 TAR_BYTES = 4096  # of a sample: a JPEG of 2,117 B in 5 records of 512, a class in 1, a header of 512 each

@@ -15,15 +15,14 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import cli_data
+from pipeline import cli_checkpoint, cli_data
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
 
 app = typer.Typer(name="millstream", no_args_is_help=True, pretty_exceptions_enable=False)
-checkpoint_app = typer.Typer(no_args_is_help=True)
 app.add_typer(cli_data.app, name="data")
-app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(cli_checkpoint.app, name="checkpoint")
 
 
 def main() -> None:
@@ -121,45 +120,3 @@ def _run_folder(path: Path) -> Path:
     if not (config.runs / config.name).is_dir():
         raise RunError(f"{path} has no run in {config.runs} yet; train it first: millstream train {path}")
     return driver.run_folder(config, fresh=False)
-
-
-@checkpoint_app.callback(epilog="Example: millstream checkpoint list runs/digits")
-def checkpoints() -> None:
-    """List and verify the checkpoints of a run."""
-
-
-@checkpoint_app.command("list", epilog="Example: millstream checkpoint list runs/digits")
-def list_(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
-    """Show the checkpoints of a run; contents are not read, `verify` does that."""
-    from pipeline import terminal
-    from pipeline.run import open_run
-
-    found = open_run(run).checkpoints()
-    terminal.table(
-        ["step", "attempt", "saved", "size", "metrics", "state"], [terminal.checkpoint(each) for each in found]
-    )
-    if not found:
-        terminal.say("none yet")
-
-
-@checkpoint_app.command("verify", epilog="Example: millstream checkpoint verify runs/digits")
-def verify_checkpoints(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
-    """Read every byte of a run's checkpoints and compare digests. Exit code 1 when one is damaged."""
-    from pipeline import terminal
-    from pipeline.checkpoint.format import verify
-    from pipeline.run import open_run
-
-    found = open_run(run).checkpoints()
-    damages = []
-    with terminal.progress() as progress:
-        for count, each in enumerate(found, 1):
-            damages.append(verify(each.path))
-            progress("verify", count, len(found))
-    for damage in (damage for listed in damages for damage in listed):
-        terminal.say(str(damage), "red")
-    bad = sum(map(bool, damages))
-    if bad:
-        terminal.say(f"{bad} of {len(found)} checkpoints damaged; a run goes on from the newest good one", "bold red")
-        raise typer.Exit(1)
-    checked = f"{len(found)} checkpoint{'s' if len(found) > 1 else ''}"
-    terminal.say(f"all good: {checked}, every byte as written" if found else "none yet", "bold")

@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipeline.config import Data, Guard
 from pipeline.data.fill import MicroBatch, Substitutes, Substitution
 from pipeline.engine import StepResult
 from pipeline.errors import DataError, RunError
+from pipeline.sections import Data, Guard
 from pipeline.session import Session
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Group, Optim, Schedule
 from pipeline.errors import ConfigError
+from pipeline.sections import Group, Optim, Schedule
 
 # Names that wrappers put inside a parameter's name; the canonical name is without them.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})

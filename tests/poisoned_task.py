@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config import Strict
+from pipeline.sections import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -16,7 +16,7 @@ from pipeline.problems import InvalidConfig, Problem
 TASK = """
 from pathlib import Path
 from pydantic import Field
-from pipeline.config import Strict
+from pipeline.sections import Strict
 class Config(Strict):
     name: str
     width: int = Field(default=8, ge=1, description="channels")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import checkpoint as checkpoints
-from pipeline.config import Config, Group, Optim, Precision, Schedule, Zero
+from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.optim import learning_rate
+from pipeline.sections import Group, Optim, Precision, Schedule, Zero
 from pipeline.session import World
 
 if TYPE_CHECKING:

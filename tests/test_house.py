@@ -20,7 +20,7 @@ PACKAGE = ROOT / "pipeline"
 
 # From the bottom up. A module imports from its own layer and from those before it. The longest name that fits counts.
 LAYERS = [
-    ["errors", "problems", "yaml_file", "rules", "task_file", "config"],
+    ["errors", "problems", "yaml_file", "rules", "task_file", "sections", "config"],
     ["models", "data"],
     ["tasks"],
     [
@@ -38,7 +38,7 @@ LAYERS = [
     ],
     ["train"],
     ["cluster", "plan", "track.page"],
-    ["cli", "cli_data", "terminal", "__init__", "__main__"],
+    ["cli", "cli_data", "cli_checkpoint", "terminal", "__init__", "__main__"],
 ]
 FENCES = {
     "ray": ["cluster"],
@@ -46,7 +46,7 @@ FENCES = {
     "wandb": ["track.wandb"],
     "webdataset": ["data"],
 }
-WITHOUT_TORCH = ["config", "problems", "yaml_file", "rules", "task_file", "run", "data.index", "track"]
+WITHOUT_TORCH = ["config", "sections", "problems", "yaml_file", "rules", "task_file", "run", "data.index", "track"]
 WITHOUT_TORCH += ["data.order", "data.draws", "data.chains", "data.mixture", "data.reader", "data.samples"]
 WITHOUT_TORCH += ["checkpoint.format", "checkpoint.manifest", "checkpoint.disk"]
 HEAVY = ["torch", "ray", "deepspeed", "transformers", "wandb", "webdataset"]

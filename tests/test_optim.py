@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pipeline import optim
-from pipeline.config import Group, Optim, Schedule
 from pipeline.errors import ConfigError
+from pipeline.sections import Group, Optim, Schedule
 
 
 def rates(steps: int = 10, **schedule) -> list[float]:

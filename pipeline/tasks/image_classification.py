@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict
 from pipeline.data import augment
 from pipeline.data.decode import jpeg_into
 from pipeline.errors import ConfigError, DataError
+from pipeline.sections import Strict
 from pipeline.tasks import Batch, Sums
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import ConfigError, DataError
+from pipeline.sections import Strict
 from pipeline.tasks import Batch, Sums
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pipeline.config import Track
+from pipeline.sections import Track
 from pipeline.track.journal import lineage, read
 
 INIT_SECONDS = 30.0

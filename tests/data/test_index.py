@@ -16,10 +16,10 @@ from webdataset.writer import ShardWriter
 from xxhash import xxh3_64_intdigest
 
 from pipeline import rules
-from pipeline.config import Source
 from pipeline.data import index as indexer
 from pipeline.data.index import build, open_index
 from pipeline.errors import DataError
+from pipeline.sections import Source
 from tests.small_tars import Members, contents, grouped, samples, write_tar
 
 

@@ -42,7 +42,7 @@ def no_thread_is_left() -> Iterator[None]:
     micro_batch=st.integers(1, 9),
     micro_batches=st.integers(1, 9),
     start=st.integers(0, 200),
-    threads=st.integers(1, 3),
+    threads=st.integers(0, 3),
     prefetch=st.integers(1, 12),
     gather=st.sampled_from([None, gathered]),
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Track
+from pipeline.sections import Track
 from pipeline.track.journal import Journal, Record
 from pipeline.track.wandb import Wandb, rows_in, steps_in
 
@@ -21,7 +21,7 @@ from pipeline.track.wandb import Wandb, rows_in, steps_in
 ATTEMPT = """
 import os, signal, sys, time
 from pathlib import Path
-from pipeline.config import Track
+from pipeline.sections import Track
 from pipeline.track.journal import Journal
 from pipeline.track.wandb import Wandb
 
@@ -144,7 +144,7 @@ def test_key_is_looked_for_where_wandb_does(
 def test_off_makes_nothing_and_imports_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from pipeline.config import Track; from pipeline.track.wandb import Wandb\n"
+        "from pipeline.sections import Track; from pipeline.track.wandb import Wandb\n"
         "sink = Wandb(Track(wandb='off'), Path(sys.argv[1]), 'run', {})\n"
         "sink.write({'kind': 'start', 'step': 0}); sink.close()\n"
         "assert sink.notice is None and sink.where is None and not {'wandb', 'torch', 'ray'} & set(sys.modules)\n"

@@ -1,0 +1,170 @@
+"""The sections of a run's configuration and their keys, in the order of its YAML file; config.py joins them.
+
+Each key says what it is; `Strict` refuses those that nobody knows. What a section's numbers must be to each other and
+to the others is said in rules.py. What it gives up: defaults stand here and nowhere else, so a change of one changes
+runs that did not set it; the resolved configuration in a run folder has every key written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+class Strict(BaseModel):
+    """A frozen section that refuses keys it does not know. Base of every section, also of each task's `Config`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """`steps: true` is a slip, though Python would count it as 1."""
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        return str(value).lower() if isinstance(value, bool) and kinds <= {int, float, type(None)} else value
+
+
+class Source(Strict):
+    """One of the data sets that are trained on together."""
+
+    folder: Folder = Field(description="folder of indexed tar shards")
+    weight: float = Field(default=1.0, gt=0, description="its part of the samples, relative to the other weights")
+
+
+def _sources(value: object) -> object:
+    """`train: FOLDER` is short for one source."""
+    named = {"train": value} if isinstance(value, str | Path) else value
+    if isinstance(named, Mapping) and named:
+        return {name: {"folder": item} if isinstance(item, str | Path) else item for name, item in named.items()}
+    raise ValueError("should be a folder of shards, or several by name, such as {prose: data/prose, code: data/code}")
+
+
+Sources = Annotated[dict[Name, Source], BeforeValidator(_sources)]
+
+
+class Data(Strict):
+    """Where samples come from, how they are mixed, and how far ahead they are read."""
+
+    train: Sources = Field(description="folder of indexed tar shards to train on; or several by name, to be mixed")
+    evaluate: dict[Name, Folder] = Field(default={}, description="name -> folder of indexed tar shards to evaluate on")
+    lanes: Count | None = Field(default=None, description="reading positions; null: one per micro batch of a step")
+    shuffle_blocks: Count = Field(default=96, description="blocks that are shuffled together, over all lanes")
+    block_bytes: Count = Field(default=1 << 20, description="bytes that are read in one piece, on average")
+    threads: int = Field(default=1, ge=0, description="decoder threads per worker; 0: in the loop itself, when needed")
+    processes: int = Field(default=0, ge=0, description="decoder processes per worker, instead of threads; 0: threads")
+    prefetch: Count = Field(default=4, description="micro batches decoded ahead of need, per worker")
+    check_digests: bool = Field(default=True, description="compare every sample read with the digest in the index")
+    bad_samples: Literal["fail", "substitute"] = Field(default="fail", description="substitute: the next good one")
+    max_bad_samples: Count = Field(default=100, description="more substituted samples than these end the run")
+    decoders: dict[str, str] = Field(default={}, description="extension -> import path of its decoder, module:function")
+
+
+class Schedule(Strict):
+    """The learning rate as a function of the step: warm-up from 0, then a shape, down to `final` x lr."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = Field(default="cosine", description="after the warm-up")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    decay: Count | None = Field(default=None, description="steps of the last, falling part (wsd only)")
+    final: Share = Field(default=0.0, description="learning rate at the last step, as a share of lr")
+
+
+class Group(Strict):
+    """Parameters that are treated apart."""
+
+    match: str = Field(min_length=1, description="glob over parameter names, such as *.embeddings.*")
+    lr_scale: float = Field(default=1.0, ge=0, description="factor on the learning rate")
+    weight_decay: float | None = Field(default=None, ge=0, description="instead of optim.weight_decay")
+
+
+class Optim(Strict):
+    """Optimizer, its learning rate over time, and its parameter groups."""
+
+    name: Literal["adamw", "sgd"] = Field(description="optimizer")
+    lr: float = Field(gt=0, description="peak learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="per step and unit of learning rate (adamw: decoupled)")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="decay of adamw's two running means, per step")
+    eps: float = Field(default=1e-8, gt=0, description="added to adamw's denominator")
+    momentum: Decay = Field(default=0.9, description="decay of sgd's running gradient, per step")
+    nesterov: bool = Field(default=False, description="sgd looks one momentum step ahead")
+    clip: float | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null: any")
+    groups: tuple[Group, ...] = Field(default=(), description="first group whose glob matches a parameter name has it")
+    decay_norm_and_bias: bool = Field(default=False, description="weight decay also for 1-d parameters (norms, biases)")
+    schedule: Schedule = Field(default=Schedule(), description="learning rate over time")
+
+
+class Zero(Strict):
+    """How DeepSpeed shares the model's state among workers."""
+
+    stage: Literal[0, 1, 2, 3] = Field(default=1, description="1: optimizer state, 2: gradients too, 3: weights too")
+    extra: dict[str, Any] = Field(default={}, description="any other DeepSpeed setting, in DeepSpeed's own words")
+
+
+class Precision(Strict):
+    """Numbers of the forward and backward pass; master weights and optimizer state are always fp32."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="fp16 scales the loss and needs a GPU")
+
+
+class Checkpoint(Strict):
+    """When the run is saved and what is kept."""
+
+    every: Count = Field(default=100, description="steps between checkpoints; the last step is always saved")
+    keep: Count = Field(default=2, description="newest good checkpoints that stay")
+    keep_every: Count | None = Field(default=None, description="steps; checkpoints at its multiples stay for good")
+
+
+class Evaluate(Strict):
+    """When the sets of `data.evaluate` are scored; always at the end."""
+
+    every: Count | None = Field(default=None, description="steps between evaluations; null: only at the end")
+    best: str | None = Field(default=None, description="set/metric whose best value is kept, such as test/accuracy")
+    mode: Literal["max", "min"] = Field(default="max", description="whether larger or smaller is better")
+
+
+class Track(Strict):
+    """Weights & Biases, besides the run's own journal; it can neither stop nor slow a run."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(default="auto", description="auto: online, given a key")
+    project: str = Field(default="millstream", min_length=1, description="W&B project")
+    entity: str | None = Field(default=None, description="W&B user or team")
+    group: str | None = Field(default=None, description="W&B group of runs")
+    tags: tuple[str, ...] = Field(default=(), description="W&B tags")
+
+
+class Guard(Strict):
+    """What happens when numbers or workers go wrong."""
+
+    non_finite: Literal["skip", "stop"] = Field(default="skip", description="on a NaN or infinite loss or gradient")
+    max_skipped: Count = Field(default=3, description="skipped steps in a row that end the run")
+    collective_timeout_seconds: float = Field(default=600, gt=0, description="seconds a worker waits for the others")
+
+
+class Cluster(Strict):
+    """Workers and where they run."""
+
+    workers: int = Field(default=2, ge=0, description="training processes; 0: this process alone, without Ray")
+    threads_per_worker: Count = Field(default=1, description="CPU threads of each; another number moves the last bits")
+    address: str | None = Field(default=None, description="of a running Ray cluster; null: one is started here")
+    gpu: bool | None = Field(default=None, description="one GPU per worker; null: when there is one")
+    restarts: int = Field(default=3, ge=0, description="attempts after the first, when workers are lost")
+
+
+class TaskConfig(Strict):
+    """What every task section has; the rest is the task file's own."""
+
+    name: str = Field(description="file in pipeline/tasks/, or an import path such as my_package.my_task")
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation such as `Count` or `float | None` is made of."""
+    inside = get_args(annotation)
+    return set().union(*map(_kinds, inside)) if inside else {annotation} if isinstance(annotation, type) else set()
