@@ -118,6 +118,7 @@ class Checkpoint(Strict):
     """When the run is saved and what is kept."""
 
     every: Count = Field(default=100, description="steps between checkpoints; the last step is always saved")
+    background: bool = Field(default=True, description="train on while it is written, from a copy in host memory")
     keep: Count = Field(default=2, description="newest good checkpoints that stay")
     keep_every: Count | None = Field(default=None, description="steps; checkpoints at its multiples stay for good")
 

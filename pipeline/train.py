@@ -22,6 +22,7 @@ from pipeline import engine as engines
 from pipeline.batch_norm import RunningStatistics
 from pipeline.checkpoint import Restored
 from pipeline.checkpoint import format as checkpoints
+from pipeline.checkpoint.saver import Saved, Saver
 from pipeline.config import Config
 from pipeline.data.fill import MicroBatch
 from pipeline.data.stream import Stream
@@ -50,6 +51,7 @@ def train(config: Config, session: Session) -> str:
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
     guard = NonFinite(config.guard)
+    saver = saving(config, session, learner)
     loader = data.loader(task, world.rank, world.world_size, first)
 
     # ------------------------------------------------------------ loop
@@ -60,7 +62,9 @@ def train(config: Config, session: Session) -> str:
         batches = loader.step(step)  # A micro batches; which rows they hold does not depend on the world size
         terms = sum(task.weight(micro.batch) for micro in batches if not micro.filler)
         bad = sum(len(micro.found) for micro in batches)
-        terms, stop, bad = world.gather([terms, session.stop_requested, bad]).sum(axis=0)
+        terms, stop, bad, ready = world.gather([terms, session.stop_requested, bad, saver.ready]).sum(axis=0)
+        if ready == world.world_size:
+            settle(session, saver.advance())
         if bad:
             share_substitutes(session, step, batches, data.substitutes, config.data)
         if stop:
@@ -107,12 +111,14 @@ def train(config: Config, session: Session) -> str:
         if due(step, config.evaluate.every, config.steps):
             score(config, session, learner, step)
         if due(step, config.checkpoint.every, config.steps):
-            saved = save(config, session, learner, data, step)
+            saved = save(config, session, learner, saver, data, step)
 
     # ------------------------------------------------------------ close
     loader.close()
     if saved != step:
-        save(config, session, learner, data, step)
+        save(config, session, learner, saver, data, step, last=True)
+    settle(session, saver.finish(), last=True)
+    saver.close()
     if world.rank == 0:
         session.record("end", reason=outcome, step=step)
     session.flush()
@@ -177,30 +183,53 @@ def restore(
     return restored
 
 
-def save(config: Config, session: Session, learner: Learner, data: Stream, step: int) -> int:
-    """Commit a checkpoint of the state after `step` steps, the journal being durable up to here. Returns `step`."""
-    session.phase("save", step)
-    session.flush()
-    began = time.perf_counter()
-    folder = session.run / "checkpoints"
-    path = checkpoint.save(
+def saving(config: Config, session: Session, learner: Learner) -> Saver:
+    """What saves this run's checkpoints behind its training."""
+    folder, kept = session.run / "checkpoints", config.checkpoint
+    return Saver(
         learner.engine,
         session.world,
         folder,
-        step=step,
+        config,
         attempt=session.attempt,
-        config=config,
-        data=data.state,
-        buffers=learner.running.values,
-        metrics=learner.scores if learner.scored_step == step else {},
-        newest_attempt=newest_attempt(session.run),
+        before=session.flush,
+        newest_attempt=lambda: newest_attempt(session.run),
+        prune=lambda: checkpoints.prune(folder, kept.keep, kept.keep_every),
+        copies=kept.background,
     )
-    if session.world.rank == 0:
-        removed = checkpoints.prune(folder, config.checkpoint.keep, config.checkpoint.keep_every)
-        size = sum(file.stat().st_size for file in path.iterdir())
-        metrics = {"checkpoint/save_seconds": time.perf_counter() - began, "checkpoint/bytes": size}
-        session.record("save", step=step, path=path.name, metrics=metrics, removed=[old.name for old in removed])
-    return step
+
+
+def save(
+    config: Config, session: Session, learner: Learner, saver: Saver, data: Stream, step: int, last: bool = False
+) -> int | None:
+    """Begin to save the state after `step` steps. Returns `step`, None when the disk has refused it."""
+    settle(session, saver.finish(), last)  # the one before, if it is still under way
+    session.phase("save", step)
+    metrics = learner.scores if learner.scored_step == step else {}
+    refused = saver.begin(step, data=data.state, buffers=learner.running.values, metrics=metrics)
+    settle(session, refused, last)
+    if not config.checkpoint.background:
+        settle(session, saver.finish(), last)
+    return None if refused else step
+
+
+def settle(session: Session, saved: Saved | None, last: bool = False) -> None:
+    """Record how a save ended. One that failed raises CheckpointError when it was the last; else training goes on."""
+    if saved is None:
+        return
+    if saved.path is None:
+        if last:
+            raise CheckpointError(saved.failure or "")
+        if session.world.rank == 0:
+            session.record("save_failed", step=saved.step, message=saved.failure)
+    elif session.world.rank == 0:
+        metrics = {
+            "checkpoint/save_seconds": saved.seconds,
+            "checkpoint/blocked_seconds": saved.blocked_seconds,
+            "checkpoint/bytes": saved.bytes,
+        }
+        removed = [old.name for old in saved.removed]
+        session.record("save", step=saved.step, path=saved.path.name, metrics=metrics, removed=removed)
 
 
 def score(config: Config, session: Session, learner: Learner, step: int) -> None:

@@ -12,10 +12,10 @@ up: only the optimizers of optim.py; weights in low precision without fp32 maste
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -29,6 +29,8 @@ from pipeline.engine import Engine
 from pipeline.errors import CheckpointError
 from pipeline.optim import state_keys
 from pipeline.session import World
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,20 @@ def agree(world: World, failure: str | None) -> None:
     failures = [f"rank {rank}: {text}" for rank, text in enumerate(world.gather_objects(failure)) if text]
     if failures:
         raise CheckpointError("; ".join(failures))
+
+
+def on_rank_0(world: World, action: Callable[[], Result]) -> Result:
+    """Do it on rank 0 alone; its result, or its CheckpointError, on all ranks."""
+    outcome: tuple[Result | None, str | None] = (None, None)
+    if world.rank == 0:
+        try:
+            outcome = action(), None
+        except (CheckpointError, OSError) as error:
+            outcome = None, str(error)
+    result, failure = world.gather_objects(outcome)[0]
+    if failure is not None:
+        raise CheckpointError(failure)
+    return result
 
 
 def _expected(

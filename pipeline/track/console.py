@@ -73,11 +73,14 @@ class Console:
             case "evaluation":
                 self.say(f"step {record['step']:>6}  " + "  ".join(metric_texts(record["metrics"])))
             case "save":
-                size, seconds = (
-                    record["metrics"]["checkpoint/bytes"] / 1e6,
-                    record["metrics"]["checkpoint/save_seconds"],
+                metrics = record["metrics"]
+                size, seconds = metrics["checkpoint/bytes"] / 1e6, metrics["checkpoint/save_seconds"]
+                waited = f"{metrics['checkpoint/blocked_seconds']:.2f} s of it waited for"
+                self.say(
+                    f"step {record['step']:>6}  checkpoint, {size:,.1f} MB in {seconds:.2f} s, {waited}", style="dim"
                 )
-                self.say(f"step {record['step']:>6}  checkpoint, {size:,.1f} MB in {seconds:.2f} s", style="dim")
+            case "save_failed":
+                self.say(f"step {record['step']:>6}  {record['message']}. Training goes on.", style="red")
             case "skip":
                 self.say(f"step {record['step']:>6}  skipped: {record['reason']}", style="yellow")
             case "substitute":

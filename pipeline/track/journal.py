@@ -202,7 +202,7 @@ def summary(records: Iterable[Mapping[str, Any]], best: str | None = None, mode:
     waited = sum(curve(everything, "data/wait_seconds")[1])
     names = dict.fromkeys(name for record in counted if record["kind"] == "evaluation" for name in record["metrics"])
     return Summary(
-        last_step=done[-1] if done else 0,
+        last_step=max(done, default=0),
         attempts=len(times),
         restarts=max(0, len(times) - 1),
         evaluations=[_best(name.removeprefix("eval/"), *curve(everything, name), best, mode) for name in names],

@@ -142,7 +142,8 @@ class Wandb:
             self._send(at for at in list(self._rows) if at < step)
         elif record["kind"] == "end":
             self._exit_code = int(record.get("reason") == "failed")
-        elif record.get("metrics") and step > self._sent:
+        elif record.get("metrics") and (step > self._sent or record["kind"] == "save"):
+            step = max(step, self._sent + 1)  # a save that ended behind the training stands where it ended
             self._rows.setdefault(step, {}).update(_numbers(record["metrics"]))
             if record["kind"] == "step":
                 self._send(at for at in list(self._rows) if at <= step)

@@ -125,6 +125,26 @@ def test_bad_samples_end_the_run_or_are_replaced_and_stay_so(toy: Path, capsys: 
     assert saved.manifest is not None and len(saved.manifest.data["substitutes"]) == 2
 
 
+def test_a_checkpoint_that_cannot_be_written_costs_only_itself(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(toy, "steps=4") == driver.DONE
+    (toy.parent / "runs/toy/checkpoints/.staging-00000006-a2").touch()  # where the second attempt wants a folder
+    assert train(toy, "steps=8") == driver.DONE
+    said = capsys.readouterr().out
+    assert "step      6  checkpoint not written" in said and "Training goes on" in said and "Traceback" not in said
+    assert [record["step"] for record in records(toy, "save_failed")] == [6]
+    assert [record["step"] for record in records(toy, "save")] == [2, 4, 8]
+    assert [listed.step for listed in Run(toy.parent / "runs" / "toy").checkpoints()] == [4, 8]
+
+
+def test_the_last_checkpoint_must_be_written(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(toy, "steps=4") == driver.DONE
+    for attempt in range(2, 6):
+        (toy.parent / f"runs/toy/checkpoints/.staging-00000006-a{attempt}").touch()
+    assert train(toy, "checkpoint.background=false") == driver.GIVE_UP
+    assert "checkpoint not written" in capsys.readouterr().out
+    assert [listed.step for listed in Run(toy.parent / "runs" / "toy").checkpoints()] == [2, 4]
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
