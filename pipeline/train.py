@@ -178,8 +178,11 @@ def restore(
     )
     if session.world.rank == 0:
         kind, at, notes = ("restore", restored.step, restored.notes) if restored else ("start", 0, [])
-        facts = {"workers": session.world.world_size, "parameters": learner.parameters}
-        session.record(kind, step=at, notes=notes, data=str(data), **facts)
+        workers = session.world.world_size
+        facts = {"workers": workers, "parameters": learner.parameters, "data": str(data)}
+        if data is not None:
+            facts["window_bytes"] = data.window_bytes(workers)
+        session.record(kind, step=at, notes=notes, **facts)
     return restored
 
 

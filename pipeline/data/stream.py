@@ -113,6 +113,13 @@ class Stream:
         shares = (f"{draws / of:.4g} of the batches" for _, draws, of in self.mixture.shares)
         return "; ".join(f"{size}, {share}" for size, share in zip(sizes, shares))
 
+    def window_bytes(self, world_size: int) -> int:
+        """About what one worker reads from at a time: the windows of its lanes, over all data sets."""
+        segment = self.mixture.segments[-1]
+        lanes = -(-segment.lanes // world_size)
+        window = segment.window_blocks * self.config.data.block_bytes
+        return sum(min(lanes * window, dataset.index.bytes) for dataset in self.datasets)
+
     def _grown(self, source: int, samples: int) -> str | None:
         """The identity that the first `samples` samples of a source have by themselves."""
         return self.datasets[source].index.prefix_identity(samples)

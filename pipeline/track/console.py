@@ -65,7 +65,8 @@ class Console:
             case "failure":
                 self.say(record["message"], style="yellow" if record["exit_code"] in (None, 75) else "red")
             case "start":
-                self.say(f"training from step 0: {record['parameters']:,} parameters; {record['data']}")
+                window = f"shuffled in windows of {record['window_bytes'] / 1e6:,.1f} MB per worker"
+                self.say(f"training from step 0: {record['parameters']:,} parameters; {record['data']}, {window}")
             case "restore":
                 self.say(f"going on from step {record['step']}" + "".join(f"; {note}" for note in record["notes"]))
             case "step":
