@@ -16,6 +16,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -93,11 +94,15 @@ class World:
 
 
 class Session:
-    """One worker in one attempt: where the run lies, its phase, what it has to say, whether it should stop."""
+    """One worker in one attempt: where the run lies, its phase, what it has to say, whether it should stop.
+
+    owned: what is closed when the session is, however the attempt ends.
+    """
 
     def __init__(self, world: World, run: Path, attempt: int, send: Send, new_order: bool = False) -> None:
         self.world, self.run, self.attempt = world, run, attempt
         self.new_order = new_order  # somebody wants the run to go on with other data, or in another order
+        self.owned = ExitStack()
         self._send, self._stop = send, threading.Event()
         self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._where: dict[str, Any] = {"phase": "start", "step": 0}
@@ -151,10 +156,13 @@ class Session:
             raise TimeoutError(f"the journal did not take its records within {timeout_seconds:.0f} s")
 
     def close(self) -> None:
-        """Deliver what is left and end the thread."""
-        self._closing.set()
-        self._wake.set()
-        self._sender.join(timeout=30)
+        """Close what is owned, deliver what is left and end the thread."""
+        try:
+            self.owned.close()
+        finally:
+            self._closing.set()
+            self._wake.set()
+            self._sender.join(timeout=30)
 
     def _deliver(self) -> None:
         while True:

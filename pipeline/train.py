@@ -46,13 +46,14 @@ def train(config: Config, session: Session) -> str:
     setup(config)
     randomness = Randomness(config.seed)
     data = Stream(config)
+    session.owned.callback(data.close)
     learner = build(config, session, randomness)
     task, engine = learner.task, learner.engine
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
     guard = NonFinite(config.guard)
     saver = saving(config, session, learner)
-    loader = data.loader(task, world.rank, world.world_size, first)
+    loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
 
     # ------------------------------------------------------------ loop
     step, outcome, saved = first, "done", first if restored else None
@@ -118,12 +119,9 @@ def train(config: Config, session: Session) -> str:
     if saved != step:
         save(config, session, learner, saver, data, step, last=True)
     settle(session, saver.finish(), last=True)
-    saver.close()
     if world.rank == 0:
         session.record("end", reason=outcome, step=step)
     session.flush()
-    engine.close()
-    data.close()
     return outcome
 
 
@@ -155,6 +153,7 @@ def build(config: Config, session: Session, randomness: Randomness) -> Learner:
     running = RunningStatistics(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())  # ZeRO-3 leaves only shares of them
     engine = engines.build(config, model, session.world)
+    session.owned.callback(engine.close)
     running.to(session.world.device)
     return Learner(task, engine, running, parameters)
 
@@ -189,7 +188,7 @@ def restore(
 def saving(config: Config, session: Session, learner: Learner) -> Saver:
     """What saves this run's checkpoints behind its training."""
     folder, kept = session.run / "checkpoints", config.checkpoint
-    return Saver(
+    saver = Saver(
         learner.engine,
         session.world,
         folder,
@@ -200,6 +199,8 @@ def saving(config: Config, session: Session, learner: Learner) -> Saver:
         prune=lambda: checkpoints.prune(folder, kept.keep, kept.keep_every),
         copies=kept.background,
     )
+    session.owned.callback(saver.close)
+    return saver
 
 
 def save(

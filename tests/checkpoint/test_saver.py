@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.format import list_checkpoints
+from pipeline.config import Config
+from pipeline.engine import Engine
 from pipeline.session import World
 from tests import gloo, small_run
 
@@ -57,14 +59,7 @@ def scenes(world: World, root: Path) -> dict[str, Any]:
     said["idle"] = (saver.ready, saver.finish())
     saver.close()
 
-    late = Saver(engine, world, root, settings, attempt=ATTEMPT, newest_attempt=lambda: ATTEMPT + 1)
-    late.begin(6, **facts)
-    said["superseded"] = late.finish()
-    late.close()
-    (root.parent / "file").touch()
-    nowhere = Saver(engine, world, root.parent / "file" / "below", settings, attempt=ATTEMPT)
-    said["nowhere"] = nowhere.begin(6, **facts)
-    nowhere.close()
+    said |= refusals(engine, world, root, settings, facts)
     engine.close()
 
     for step, state in ((2, at_2), (5, at_4)):
@@ -78,6 +73,22 @@ def scenes(world: World, root: Path) -> dict[str, Any]:
         world.barrier()
         if step == 2 and world.rank == 0:
             os.rename(root.parent / "aside", root / "checkpoint-00000005")
+    return said
+
+
+def refusals(engine: Engine, world: World, root: Path, settings: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a save says that a newer attempt has overtaken, and one that has no folder to go to."""
+    from pipeline.checkpoint.saver import Saver
+
+    said: dict[str, Any] = {}
+    late = Saver(engine, world, root, settings, attempt=ATTEMPT, newest_attempt=lambda: ATTEMPT + 1)
+    late.begin(6, **facts)
+    said["superseded"] = late.finish()
+    late.close()
+    (root.parent / "file").touch()
+    nowhere = Saver(engine, world, root.parent / "file" / "below", settings, attempt=ATTEMPT)
+    said["nowhere"] = nowhere.begin(6, **facts)
+    nowhere.close()
     return said
 
 
