@@ -1,8 +1,8 @@
 """The only functions that change what a checkpoint folder holds: write a file, seal one, move and remove.
 
-Data goes through `write` in chunks: into the file and into its sha256, then to the disk (fsync). An error of the
-operating system comes out as a CheckpointError that names the path and the free space. At the end stand the single
-operations, so small that a test can cut the power at each of them.
+Data goes through `write` in chunks: into the file and, by a thread beside, into its sha256, then to the disk (fsync).
+An error of the operating system comes out as a CheckpointError that names the path and the free space. At the end stand
+the single operations, so small that a test can cut the power at each of them.
 
 It gives up speed for certainty: every file is waited for. Local and mounted file systems only.
 """
@@ -14,12 +14,16 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.checkpoint.manifest import FileDigest
 from pipeline.errors import CheckpointError
+
+PIECE = 8 << 20  # bytes that are written and hashed at a time
+WORTH_A_THREAD = 1 << 20  # bytes; below, telling a thread takes as long as hashing
 
 
 def write(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> FileDigest:
@@ -30,17 +34,25 @@ def write(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> FileD
     digest, size = hashlib.sha256(), 0
     try:
         with explained(path):
-            with _create(path) as file:
+            with _create(path) as file, ThreadPoolExecutor(1, thread_name_prefix="sha256") as beside:
                 for chunk in chunks:
-                    _append(file, chunk)
-                    digest.update(chunk)
-                    size += memoryview(chunk).nbytes
+                    for piece in _pieces(chunk):
+                        hashed = beside.submit(digest.update, piece) if piece.nbytes >= WORTH_A_THREAD else None
+                        _append(file, piece)
+                        hashed.result() if hashed else digest.update(piece)
+                        size += piece.nbytes
             sync(path)
     except Exception:
         with suppress(OSError):
             _remove(path)
         raise
     return FileDigest(size, digest.hexdigest())
+
+
+def _pieces(chunk: bytes | bytearray | memoryview) -> Iterator[memoryview]:
+    """The chunk in pieces that the processor's cache may still hold for the second of the two who read them."""
+    view = memoryview(chunk).cast("B")
+    return (view[begin : begin + PIECE] for begin in range(0, view.nbytes, PIECE))
 
 
 def seal(path: Path) -> FileDigest:
@@ -132,7 +144,7 @@ def _create(path: Path) -> BinaryIO:
     return path.open("xb")
 
 
-def _append(file: BinaryIO, chunk: bytes | bytearray | memoryview) -> None:
+def _append(file: BinaryIO, chunk: memoryview) -> None:
     file.write(chunk)
 
 
