@@ -6,6 +6,8 @@ or wrong says nothing: that value has a problem of its own already.
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,12 +40,14 @@ Rule = Callable[[Known], list[Problem]]
 
 def numbers(known: Known) -> list[Problem]:
     """Problems of values against each other; looks at nothing outside the configuration."""
-    return _apply([_batch_split, _workers, _lanes, _schedule, _optimizer, _precision, _retention, _evaluation], known)
+    return _apply(
+        [_batch_split, _workers, _lanes, _schedule, _optimizer, _precision, _retention, _best, _evaluation], known
+    )
 
 
 def folders(known: Known) -> list[Problem]:
     """Problems on disk: data folders missing or not indexed, files that the task names missing."""
-    return _apply([_train_folders, _evaluation_folders, _task_paths], known)
+    return _apply([_train_folders, _evaluation_folders, _task_paths, _second_home], known)
 
 
 def _apply(rules: Iterable[Rule], known: Known) -> list[Problem]:
@@ -131,6 +135,24 @@ def _retention(known: Known) -> list[Problem]:
     return [Problem("checkpoint.keep_every", message, suggestion=f"set it to {_either(multiples)}")]
 
 
+def _best(known: Known) -> list[Problem]:
+    """The best checkpoints are known only if some are scored: at a step that is both saved and evaluated."""
+    place, every, scored = "checkpoint.keep_best", known["checkpoint.every"], known["evaluate.every"]
+    if not known[place]:
+        return []
+    if known["evaluate.best"] is None:
+        mend = "set evaluate.best to set/metric, such as test/accuracy"
+        return [Problem(place, "best by what? evaluate.best is empty", suggestion=mend)]
+    if scored is None:
+        mend = f"set evaluate.every to {every}, as checkpoint.every"
+        return [Problem(place, "only the last step is evaluated, so there is none to choose from", suggestion=mend)]
+    both = math.lcm(every, scored)
+    if both > known["steps"]:
+        message = f"no checkpoint before the last is evaluated: saved every {every} steps, evaluated every {scored}"
+        return [Problem(place, message, suggestion=f"set evaluate.every to {every}, as checkpoint.every")]
+    return []
+
+
 def _evaluation(known: Known) -> list[Problem]:
     sets, every, best = sorted(known["data.evaluate"]), known["evaluate.every"], known["evaluate.best"]
     problems = []
@@ -172,6 +194,27 @@ def _task_paths(known: Known) -> list[Problem]:
     """Whatever a task's own Config has as a path (a tokenizer, a pretrained folder) must be there."""
     paths = {f"task.{key}": value for key, value in known["task"].items() if isinstance(value, Path)}
     return [_missing(place, path, "check the path") for place, path in paths.items() if not path.exists()]
+
+
+def _second_home(known: Known) -> list[Problem]:
+    """The store must be of a kind that fsspec knows, and its package installed; whether it answers is seen later."""
+    place, url = "checkpoint.url", known["checkpoint.url"]
+    if url is None:
+        return []
+    from fsspec.registry import known_implementations
+
+    protocol, colon, _ = url.partition("://")
+    if not colon:
+        mend = f"such as s3://bucket/folder, or file://{os.path.abspath(url)} for another disk"
+        return [Problem(place, f"{url!r} is not a URL", suggestion=mend)]
+    if protocol not in known_implementations:
+        mend = nearest(protocol, known_implementations) or "s3, gs, az and file are the usual ones"
+        return [Problem(place, f"{protocol}:// is no kind of store that fsspec knows", suggestion=mend)]
+    package = known_implementations[protocol]["class"].partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        extra = "'millstream[s3]'" if package == "s3fs" else package
+        return [Problem(place, f"{protocol}:// needs {package}", suggestion=f"pip install {extra}")]
+    return []
 
 
 def _missing(place: str, path: Path, mend: str) -> Problem:

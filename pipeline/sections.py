@@ -121,6 +121,9 @@ class Checkpoint(Strict):
     background: bool = Field(default=True, description="train on while it is written, from a copy in host memory")
     keep: Count = Field(default=2, description="newest good checkpoints that stay")
     keep_every: Count | None = Field(default=None, description="steps; checkpoints at its multiples stay for good")
+    keep_best: int = Field(default=0, ge=0, description="those with the best evaluate.best that stay, so many")
+    url: str | None = Field(default=None, description="second home, such as s3://bucket/folder; filled as the run goes")
+    upload_wait_seconds: float = Field(default=300, ge=0, description="that a run waits at its end for what is sent")
 
 
 class Evaluate(Strict):

@@ -20,9 +20,11 @@ import xxhash
 from pipeline import checkpoint, tasks
 from pipeline import engine as engines
 from pipeline.batch_norm import RunningStatistics
-from pipeline.checkpoint import Restored
+from pipeline.checkpoint import Restored, probe, uploads
 from pipeline.checkpoint import format as checkpoints
+from pipeline.checkpoint.retention import Keeper, Retention
 from pipeline.checkpoint.saver import Saved, Saver
+from pipeline.checkpoint.uploads import Uploader
 from pipeline.config import Config
 from pipeline.data.fill import MicroBatch
 from pipeline.data.stream import Stream
@@ -44,6 +46,7 @@ def train(config: Config, session: Session) -> str:
     # ------------------------------------------------------------ build, in the order of the data's way, and restore
     world = session.world
     setup(config)
+    probe.require_shared(world, session.run / "checkpoints")
     randomness = Randomness(config.seed)
     data = Stream(config)
     session.owned.callback(data.close)
@@ -52,7 +55,8 @@ def train(config: Config, session: Session) -> str:
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
     guard = NonFinite(config.guard)
-    saver = saving(config, session, learner)
+    uploader = uploads.sending(config, session)
+    saver = saving(config, session, learner, uploader)
     loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
 
     # ------------------------------------------------------------ loop
@@ -119,6 +123,9 @@ def train(config: Config, session: Session) -> str:
     if saved != step:
         save(config, session, learner, saver, data, step, last=True)
     settle(session, saver.finish(), last=True)
+    if uploader:
+        session.phase("upload", step)
+        uploader.finish(config.checkpoint.upload_wait_seconds)
     if world.rank == 0:
         session.record("end", reason=outcome, step=step)
     session.flush()
@@ -163,7 +170,7 @@ def restore(
 ) -> Restored | None:
     """Go on from the newest good checkpoint (or that of `step`), or start when the run has none; say which.
 
-    Without `data`, whatever the checkpoint was trained on will do.
+    Without `data`, whatever the checkpoint was trained on will do, and nothing is fetched: the run may be going on.
     """
     session.phase("restore", 0)
     restored = checkpoint.restore(
@@ -174,6 +181,7 @@ def restore(
         resume=lambda at, saved: data.resume(at, saved, session.new_order) if data else [],
         buffers=learner.running.values,
         step=step,
+        home=uploads.home_of(config, session.run) if data else None,
     )
     if session.world.rank == 0:
         kind, at, notes = ("restore", restored.step, restored.notes) if restored else ("start", 0, [])
@@ -185,9 +193,10 @@ def restore(
     return restored
 
 
-def saving(config: Config, session: Session, learner: Learner) -> Saver:
-    """What saves this run's checkpoints behind its training."""
-    folder, kept = session.run / "checkpoints", config.checkpoint
+def saving(config: Config, session: Session, learner: Learner, uploader: Uploader | None) -> Saver:
+    """What saves this run's checkpoints behind its training, has them sent, and deletes those that no rule keeps."""
+    folder = session.run / "checkpoints"
+    keeper = Keeper(folder, Retention.of(config), uploader.protected if uploader else tuple)
     saver = Saver(
         learner.engine,
         session.world,
@@ -196,8 +205,9 @@ def saving(config: Config, session: Session, learner: Learner) -> Saver:
         attempt=session.attempt,
         before=session.flush,
         newest_attempt=lambda: newest_attempt(session.run),
-        prune=lambda: checkpoints.prune(folder, kept.keep, kept.keep_every),
-        copies=kept.background,
+        committed=uploader.wake if uploader else lambda: None,
+        prune=keeper.prune,
+        copies=config.checkpoint.background,
     )
     session.owned.callback(saver.close)
     return saver

@@ -3,7 +3,8 @@
 A save goes: `stage` makes a hidden folder, every rank puts its files there with `write` (or `seal`s what another
 library wrote), rank 0 gathers the digests into a `Manifest` and calls `commit`: all files present, the manifest written
 last, everything on the disk, then one rename. A load goes: `find` takes the newest checkpoint of which every byte
-verifies and names those that it passed over. `prune` deletes old ones, once a newer one has been read back whole.
+verifies and names those that it passed over; it fetches what only a second home holds (remote.py). Which old ones are
+deleted is said in retention.py.
 
     <root>/checkpoint-00000040/{rank-00000.safetensors, ..., manifest.json}     whole
     <root>/.staging-00000040-a2/                                                being written by attempt 2
@@ -18,19 +19,23 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeline.checkpoint import disk
 from pipeline.checkpoint.disk import discard, seal, write
 from pipeline.checkpoint.manifest import VERSION, FileDigest, FragmentPlace, Manifest
 from pipeline.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from pipeline.checkpoint.remote import Remote
+
 __all__ = [
-    "MANIFEST", "VERSION", "Damage", "FileDigest", "Found", "FragmentPlace", "Listed", "Manifest", "checkpoint_name",
-    "commit", "discard", "find", "list_checkpoints", "prune", "seal", "stage", "verify", "write",
+    "MANIFEST", "VERSION", "Damage", "FileDigest", "Found", "FragmentPlace", "Listed", "Manifest", "adopt",
+    "checkpoint_name", "commit", "delete", "discard", "find", "list_checkpoints", "parse", "seal", "stage", "verify",
+    "write",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -39,25 +44,26 @@ _STAGING = re.compile(r"\.staging-\d{8,}-a(\d+)")
 
 
 class Damage(NamedTuple):
-    """One thing wrong with a checkpoint: which file of it, and how."""
+    """One thing wrong with a checkpoint: which file of it, and how. `path`: its folder, or its place in a store."""
 
-    path: Path
+    path: Path | str
     file: str
     kind: Literal["missing", "unreadable", "size", "digest", "manifest", "version"]
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.path / self.file} {self.detail}"
+        return f"{self.path}/{self.file} {self.detail}"
 
 
 @dataclass(frozen=True)
 class Found:
-    """The newest checkpoint that verifies, and what is wrong with the newer ones that were passed over."""
+    """The newest checkpoint that verifies, what is wrong with those that were passed over, and what else to know."""
 
     step: int
     path: Path
     manifest: Manifest
     bad: list[Damage]
+    notes: list[str] = field(default_factory=list)
 
 
 class Listed(NamedTuple):
@@ -105,31 +111,44 @@ def commit(root: Path, staging: Path, manifest: Manifest, *, newest_attempt: int
             if damage is not None:
                 raise CheckpointError(f"checkpoint of step {manifest.step} not committed: {damage}")
         write(staging / MANIFEST, [manifest.to_bytes()])
-        with disk.explained(target):
-            disk.sync(staging)
-            replaced = _set_aside(target)
-            disk.rename(staging, target)
-            disk.sync(root)
+        return adopt(staging, target)
     except CheckpointError:
         discard(staging)
         raise
+
+
+def adopt(staging: Path, target: Path) -> Path:
+    """Gives a staging folder that holds a whole checkpoint, its manifest included, its name; replaces what has it."""
+    with disk.explained(target):
+        disk.sync(staging)
+        replaced = _set_aside(target)
+        disk.rename(staging, target)
+        disk.sync(target.parent)
     discard(replaced)
     return target
 
 
-def find(root: Path, step: int | None = None) -> Found | None:
+def find(root: Path, step: int | None = None, home: Remote | None = None) -> Found | None:
     """The newest checkpoint (or the one of `step`) of which every byte is as it was written; None when there is none.
 
-    Raises CheckpointError when there are checkpoints but none is good (to begin again is never the answer to damage),
-    or when a newer one than the newest good one is of a format that this version does not read.
+    One that only `home` holds whole is brought here first. Raises CheckpointError when there are checkpoints but none
+    is good (to begin again is never the answer to damage), when a newer one than the newest good one is of a format
+    that this version does not read, and when nothing is here and `home` cannot be asked.
     """
     bad: list[Damage] = []
-    for found, path in reversed(_candidates(root)):
-        if step not in (None, found):
-            continue
-        manifest, damage = _inspect(path, read=True)
-        if manifest is not None and not damage:
-            return Found(found, path, manifest, bad)
+    here = dict(_candidates(root))
+    there, notes = _steps_of(home, root, bool(here))
+    for at in sorted({*here, *there} if step is None else {*here, *there} & {step}, reverse=True):
+        path, damage = here.get(at, root / checkpoint_name(at)), []
+        if at in here:
+            manifest, damage = _inspect(path, read=True)
+            if manifest is not None and not damage:
+                return Found(at, path, manifest, bad, notes)
+        if home and at in there and "version" not in (each.kind for each in damage):
+            bad += damage
+            manifest, damage = home.fetch(at, root)
+            if manifest is not None and not damage:
+                return Found(at, root / checkpoint_name(at), manifest, bad, [*notes, f"fetched from {home.url}"])
         if damage[0].kind == "version":
             raise CheckpointError(str(damage[0]))
         bad += damage
@@ -152,22 +171,13 @@ def list_checkpoints(root: Path) -> list[Listed]:
     return [Listed(step, path, *_inspect(path, read=False)) for step, path in _candidates(root)]
 
 
-def prune(root: Path, keep: int, keep_every: int | None = None, protect: Collection[int] = ()) -> list[Path]:
-    """Deletes checkpoints older than the newest `keep` (at least 1) good ones; returns the paths that are gone.
-
-    Steps divisible by `keep_every` and those in `protect` stay. Nothing is deleted before a newer one has been read
-    back whole, and nothing newer than that one ever is: the only good one stays whatever `keep` says. The others among
-    the `keep` are counted by manifest and sizes.
-    """
-    good, removed = 0, []
-    for step, path in reversed(_candidates(root)):
-        if good < max(keep, 1):
-            good += not _inspect(path, read=good == 0)[1]
-        elif step not in protect and not (keep_every and step % keep_every == 0):
-            with disk.explained(path):
-                _delete(path)
-            removed.append(path)
-    return removed
+def delete(path: Path) -> None:
+    """Deletes one checkpoint: its name first, so that a kill or a power cut leaves it whole or none."""
+    doomed = path.with_name(f".deleting-{path.name}")
+    discard(doomed)
+    disk.rename(path, doomed)
+    disk.sync(path.parent)
+    discard(doomed)
 
 
 def _candidates(root: Path) -> list[tuple[int, Path]]:
@@ -179,14 +189,14 @@ def _candidates(root: Path) -> list[tuple[int, Path]]:
     return sorted(found.items())
 
 
-def _inspect(path: Path, *, read: bool) -> tuple[Manifest | None, list[Damage]]:
-    """The manifest where it can be trusted, and the damage; `read`: contents too, not only sizes."""
+def parse(place: Path | str, read: Callable[[], bytes]) -> tuple[Manifest | None, list[Damage]]:
+    """The manifest of the checkpoint at `place`, whose bytes `read` gives, and what is wrong with it."""
 
     def damaged(kind: Literal["missing", "unreadable", "manifest", "version"], detail: str):
-        return None, [Damage(path, MANIFEST, kind, detail)]
+        return None, [Damage(place, MANIFEST, kind, detail)]
 
     try:
-        manifest = Manifest.from_bytes((path / MANIFEST).read_bytes())
+        manifest = Manifest.from_bytes(read())
     except FileNotFoundError:
         return damaged("missing", "is missing")
     except OSError as error:
@@ -195,16 +205,39 @@ def _inspect(path: Path, *, read: bool) -> tuple[Manifest | None, list[Damage]]:
         return damaged("version", str(error))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return damaged("manifest", f"is damaged: {error}")
-    match = _NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(str(place).rpartition("/")[2])
     if match and int(match[1]) != manifest.step:
         return damaged("manifest", f"is of step {manifest.step}: the folder has been renamed")
-    checks = (_check_file(path, name, digest, read) for name, digest in manifest.files.items())
-    return manifest, [damage for damage in checks if damage is not None]
+    strangers = [name for name in manifest.files if Path(name).name != name]
+    if strangers:
+        return damaged("manifest", f"names a file outside its folder: {strangers[0]}")
+    return manifest, []
+
+
+def _inspect(path: Path, *, read: bool) -> tuple[Manifest | None, list[Damage]]:
+    """The manifest where it can be trusted, and the damage; `read`: contents too, not only sizes."""
+    manifest, damage = parse(path, (path / MANIFEST).read_bytes)
+    files = manifest.files if manifest else {}
+    checks = (_check_file(path, name, digest, read) for name, digest in files.items())
+    return manifest, damage + [found for found in checks if found is not None]
+
+
+def _steps_of(home: Remote | None, root: Path, some_here: bool) -> tuple[list[int], list[str]]:
+    """What the second home holds, and a note when it could not be asked and those here must do."""
+    if home is None:
+        return [], []
+    try:
+        return home.steps(), []
+    except CheckpointError as error:
+        if some_here:
+            return [], [f"{error}; only those in {root} were looked at"]
+        raise CheckpointError(
+            f"{error}\nNo checkpoint is in {root} either, so whether the run has one cannot be told. Mend what is said "
+            "above and run it again, or start without the second home: checkpoint.url=null"
+        ) from error
 
 
 def _check_file(folder: Path, name: str, expected: FileDigest, read: bool) -> Damage | None:
-    if Path(name).name != name:
-        return Damage(folder, MANIFEST, "manifest", f"names a file outside its folder: {name}")
     try:
         size = (folder / name).stat().st_size
         if size != expected.bytes:
@@ -251,11 +284,3 @@ def _sweep(root: Path, attempt: int) -> None:
             else:
                 disk.rename(root / name, target)
                 disk.sync(root)
-
-
-def _delete(path: Path) -> None:
-    doomed = path.with_name(f".deleting-{path.name}")
-    discard(doomed)
-    disk.rename(path, doomed)
-    disk.sync(path.parent)  # before its files go, so that a power cut leaves no checkpoint with holes
-    discard(doomed)

@@ -65,7 +65,7 @@ class Saver:
     """One rank's part in saving; all ranks call `begin`, `advance` and `finish` together.
 
     before: run in the writing thread first (the journal must be durable up to the step).  newest_attempt: asked at the
-    commit, on rank 0.  prune: deletes old checkpoints after a commit, on rank 0, and says which.
+    commit, on rank 0.  committed: told after it, on rank 0.  prune: then deletes old checkpoints, and says which.
     """
 
     def __init__(
@@ -78,11 +78,13 @@ class Saver:
         attempt: int,
         before: Callable[[], None] = lambda: None,
         newest_attempt: Callable[[], int] | None = None,
+        committed: Callable[[], None] = lambda: None,
         prune: Callable[[], list[Path]] = list,
         copies: bool = True,
     ) -> None:
         self._engine, self._world, self._folder, self._config, self._attempt = engine, world, folder, config, attempt
-        self._before, self._newest, self._prune = before, newest_attempt or (lambda: attempt), prune
+        self._before, self._newest = before, newest_attempt or (lambda: attempt)
+        self._committed, self._prune = committed, prune
         self._copies = copies
         self._host: Tensor | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
@@ -200,6 +202,7 @@ class Saver:
         manifest = facts.describe(self._engine, self._config, flight.snapshot, written, flight.facts)
         fragments.check_coverage(flight.snapshot.parameters, flight.snapshot.keys, manifest.fragments)
         path = format.commit(self._folder, flight.staging, manifest, newest_attempt=self._newest())
+        self._committed()
         return path, self._prune()
 
     def _end(self, flight: _Flight) -> tuple[Path | None, str | None, list[Path]]:

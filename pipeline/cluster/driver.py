@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from pipeline import config as configs
 from pipeline.checkpoint import format as checkpoints
+from pipeline.checkpoint.uploads import home_of
 from pipeline.cluster import lease, output, worker
 from pipeline.cluster.board import Board
 from pipeline.cluster.failure import Failure, diagnose
@@ -84,7 +85,7 @@ def run(config: Config, *, fresh: bool = False, address: str | None = None, new_
         if finished(config, folder):
             console.already_done()
             return DONE
-        expect_checkpoint(folder)
+        expect_checkpoint(config, folder)
         with stop_signals(console) as stop:
             if alone:
                 return attempts(config, folder, console, stop, lambda number: Solo(config, folder, number, new_order))
@@ -228,7 +229,12 @@ def run_folder(config: Config, fresh: bool) -> Path:
     newest = max(taken, default=0)
     if newest and not fresh:
         return taken[newest]
-    return runs / (config.name if newest == 0 else f"{config.name}-{newest + 1}")
+    while True:
+        newest += 1
+        folder = runs / (config.name if newest == 1 else f"{config.name}-{newest}")
+        home = home_of(config, folder) if fresh else None  # a run of this name may live there and not here
+        if home is None or not home.steps():
+            return folder
 
 
 def note_configuration(config: Config, folder: Path, console: Console) -> None:
@@ -248,13 +254,17 @@ def save_configuration(config: Config, folder: Path) -> None:
     draft.replace(folder / "config.yaml")
 
 
-def expect_checkpoint(folder: Path) -> None:
+def expect_checkpoint(config: Config, folder: Path) -> None:
     """Raises CheckpointError when the journal knows of a checkpoint and none is there: no fresh start by accident."""
     saved = [record for record in journal.read(folder / "journal.jsonl").records if record["kind"] == "save"]
     if saved and not checkpoints.list_checkpoints(folder / "checkpoints"):
+        home = home_of(config, folder)
+        if home is not None and home.steps():
+            return
         raise CheckpointError(
-            f"{folder}/checkpoints is empty, but step {saved[-1]['step']} was saved there. "
-            "Bring the folder back, or start anew on purpose with --fresh (a new run folder; nothing is deleted)."
+            f"{folder}/checkpoints is empty{f' and {home.url} too' if home else ''}, but step {saved[-1]['step']} was "
+            "saved there. Bring the folder back, or start anew on purpose with --fresh (a new run folder; nothing is "
+            "deleted)."
         )
 
 

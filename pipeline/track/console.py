@@ -82,6 +82,13 @@ class Console:
                 )
             case "save_failed":
                 self.say(f"step {record['step']:>6}  {record['message']}. Training goes on.", style="red")
+            case "upload":
+                size, url = record["bytes"] / 1e6, record["url"]
+                self.say(f"step {record['step']:>6}  sent to {url}, {size:,.1f} MB in {record['seconds']:.2f} s", "dim")
+            case "upload_failed":
+                self.say(f"step {record['step']:>6}  not sent: {record['message']}. Training goes on.", style="yellow")
+            case "upload_pending":
+                self.say(record["message"], style="bold yellow")
             case "skip":
                 self.say(f"step {record['step']:>6}  skipped: {record['reason']}", style="yellow")
             case "substitute":

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import disk, format
+from pipeline.checkpoint.retention import Keeper, Retention
 from tests.checkpoint.small_checkpoint import found_step, save
 
 OPERATIONS = ("make_folder", "_create", "_append", "sync", "rename", "_remove", "_remove_folder")
@@ -149,7 +150,7 @@ def test_retention_cut_at_every_operation_keeps_the_newest(tmp_path: Path, no_wa
         for step in (10, 20, 30):
             save(root, step)
 
-    assert set(sweep(tmp_path, prepare, lambda root: format.prune(root, keep=1), {(30, 1)})) == {(30, 1)}
+    assert set(sweep(tmp_path, prepare, lambda root: Keeper(root, Retention(keep=1)).prune(), {(30, 1)})) == {(30, 1)}
 
 
 def test_real_kills_while_saving(tmp_path: Path) -> None:
@@ -157,9 +158,11 @@ def test_real_kills_while_saving(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from pipeline.checkpoint import format; from tests.checkpoint.small_checkpoint import save\n"
-        "root = Path(sys.argv[1]); found = format.find(root); step = found.step if found else 0\n"
+        "from pipeline.checkpoint.retention import Keeper, Retention\n"
+        "root = Path(sys.argv[1]); keeper = Keeper(root, Retention(keep=2))\n"
+        "found = format.find(root); step = found.step if found else 0\n"
         "assert not (found and found.bad)\n"
-        "while True: step += 1; save(root, step, size=60_000); print(step, flush=True); format.prune(root, 2)\n"
+        "while True: step += 1; save(root, step, size=60_000); print(step, flush=True); keeper.prune()\n"
     )
     rng, newest = random.Random(0), 0
     for _ in range(6):

@@ -171,28 +171,6 @@ def test_commit_refuses_what_is_not_there(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == []
 
 
-# --- retention ---
-
-
-def test_prune_keeps_the_last_ones_and_every_mth(tmp_path: Path) -> None:
-    for step in range(10, 100, 10):
-        save(tmp_path, step)
-    removed = format.prune(tmp_path, keep=2, keep_every=40, protect={30})
-    assert sorted(os.listdir(tmp_path)) == [format.checkpoint_name(step) for step in (30, 40, 80, 90)]
-    assert {path.name for path in removed} == {format.checkpoint_name(step) for step in (10, 20, 50, 60, 70)}
-    assert format.prune(tmp_path, keep=2, keep_every=40, protect={30}) == []
-
-
-def test_prune_never_deletes_the_only_good_one(tmp_path: Path) -> None:
-    good = save(tmp_path, 10)
-    for step in (20, 30):
-        file = save(tmp_path, step) / "rank-00000.safetensors"
-        file.write_bytes(bytes(file.stat().st_size))
-    assert format.prune(tmp_path, keep=0) == [] and found_step(tmp_path) == 10
-    save(tmp_path, 40)
-    assert len(format.prune(tmp_path, keep=1)) == 3 and not good.exists() and found_step(tmp_path) == 40
-
-
 # --- disks ---
 
 
