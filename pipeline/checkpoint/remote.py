@@ -87,15 +87,9 @@ class Remote:
             if theirs is not None:
                 self._make_way(manifest, theirs)
             for file, digest in manifest.files.items():
-                if (place := f"{checkpoint.name}/{file}", digest) not in self._sent:
-                    if disk.digest_of(checkpoint / file) != digest:
-                        raise Refused(f"{checkpoint / file} does not match its sha256, so it is not sent")
-                    with self._explained():
-                        self._send(checkpoint / file, place)
-                    self._sent.add((place, digest))
+                self._put_file(checkpoint / file, f"{checkpoint.name}/{file}", digest)
         except (FileNotFoundError, ValueError) as error:
             raise Refused(f"{checkpoint} is not sent: {error}") from error
-        self._compare_sizes(checkpoint.name, manifest)
         with self._explained():
             try:
                 self._create(f"{checkpoint.name}/{MANIFEST}", content)
@@ -140,8 +134,8 @@ class Remote:
                 self._remove(f"{name}/{MANIFEST}")
             for path in self._store.find(f"{self._root}/{name}"):
                 self._remove(path.removeprefix(f"{self._root}/"))
-            if self._is_local:
-                self._store.rm(f"{self._root}/{name}", recursive=True)
+            if self._is_local and self._store.isdir(f"{self._root}/{name}"):
+                self._store.rmdir(f"{self._root}/{name}")
 
     def _make_way(self, manifest: Manifest, theirs: bytes) -> None:
         """Take back the manifest of an older attempt, or a torn one, before its files are replaced."""
@@ -155,19 +149,32 @@ class Remote:
         with self._explained():
             self._remove(f"{checkpoint_name(manifest.step)}/{MANIFEST}")
 
-    def _compare_sizes(self, name: str, manifest: Manifest) -> None:
-        for file, digest in manifest.files.items():
+    def _put_file(self, file: Path, name: str, digest: FileDigest) -> None:
+        """Send one file and compare its size there; nothing is done when that has been done and it is still there."""
+        if (name, digest) in self._sent and self._size(name) == digest.bytes:
+            return
+        if disk.digest_of(file) != digest:
+            raise Refused(f"{file} does not match its sha256, so it is not sent")
+        with self._explained():
+            self._send(file, name)
+        if (found := self._size(name)) != digest.bytes:
+            raise CheckpointError(f"{self.url}/{name} has {found} bytes after {digest.bytes} were sent")
+        self._sent.add((name, digest))
+
+    def _size(self, name: str) -> int | None:
+        """Bytes of a file there; None when there is none."""
+        try:
             with self._explained():
                 self._store.invalidate_cache()
-                found = self._store.info(f"{self._root}/{name}/{file}")["size"]
-            if found != digest.bytes:
-                self._sent.discard((f"{name}/{file}", digest))
-                raise CheckpointError(f"{self.url}/{name}/{file} has {found} bytes instead of {digest.bytes}")
+                return self._store.info(f"{self._root}/{name}")["size"]
+        except Absent:
+            return None
 
     def _chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a file, piece by piece. Raises Absent."""
-        with self._explained():
-            size = self._store.info(f"{self._root}/{name}")["size"]
+        size = self._size(name)
+        if size is None:
+            raise Absent(f"{self.url}/{name} is missing")
         for start in range(0, size, CHUNK_BYTES):
             with self._explained():
                 chunk = self._store.cat_file(f"{self._root}/{name}", start=start, end=min(start + CHUNK_BYTES, size))

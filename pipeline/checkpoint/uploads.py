@@ -112,11 +112,10 @@ class Outbox:
         return found
 
     def _tidy(self) -> None:
-        """Delete there what no rule keeps, and what a cut upload has left of a step that is not here any more."""
-        kept = self.rules.kept({step: found.metrics for step, found in self._there.items()})
-        here = {each.step for each in format.list_checkpoints(self.folder)}
+        """Delete there what no rule keeps, and what a cut upload has left of a step that is not to be sent any more."""
+        stays = self.rules.kept({step: found.metrics for step, found in self._there.items()}) | {*self.waiting()}
         for step in self.home.folders():
-            if step not in kept and (step in self._there or step not in here) and step < max(kept, default=0):
+            if step not in stays and step < max(self._there, default=0):
                 self.home.delete(step)
                 self._there.pop(step, None)
 

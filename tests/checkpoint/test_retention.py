@@ -139,7 +139,7 @@ def test_best_of_a_set_that_is_not_there_is_refused() -> None:
     [
         ("backup/here", "is not a URL", "file:///"),
         ("s4://bucket", "no kind of store", "s3"),
-        ("gs://bucket/folder", "needs gcsfs", "pip install gcsfs"),
+        ("lakefs://bucket/folder", "needs lakefs_spec", "pip install lakefs_spec"),
     ],
 )
 def test_a_second_home_that_cannot_be_is_refused(url: str, message: str, mend: str) -> None:
