@@ -77,7 +77,10 @@ def test_the_commands_are_these() -> None:
     assert sorted(" ".join(words) for words in commands()) == [
         "",
         "checkpoint",
+        "checkpoint diff",
         "checkpoint list",
+        "checkpoint prune",
+        "checkpoint upload",
         "checkpoint verify",
         "data",
         "data index",
@@ -229,6 +232,46 @@ def test_checkpoints_are_listed_and_verified(millstream: Run, project: Path) -> 
     assert done.code == 1 and str(shard) in done.out and "1 of 2 checkpoints damaged" in done.out
     (paths[1] / "rank-00000.safetensors").unlink()
     assert "rank-00000.safetensors" in millstream("checkpoint", "list", "run").out
+
+
+def test_checkpoints_are_pruned_as_asked(millstream: Run, project: Path) -> None:
+    changes = ["checkpoint.keep=3", "evaluate.every=10"]
+    (project / "run").mkdir()
+    (project / "run" / "config.yaml").write_text(dump(resolve(load("good.yaml", changes))))
+    assert "none yet" in millstream("checkpoint", "prune", "run").out
+    folder = project / "run" / "checkpoints"
+    scores = {10: 0.9, 20: 0.1, 30: 0.3, 40: 0.2, 50: 0.5}
+    for step, score in scores.items():
+        small_checkpoint.save(folder, step, metrics={"eval/test/accuracy": score})
+    done = millstream("checkpoint", "prune", "run", "--dry-run")
+    assert re.findall(r"^(goes|stays) +(\d+)", done.out, re.MULTILINE) == [
+        ("goes", "10"), ("goes", "20"), ("stays", "30"), ("stays", "40"), ("stays", "50")
+    ]  # fmt: skip
+    assert re.search(r"2 of 5 checkpoints would go, \d\.\d kB would be free; nothing was deleted", done.out)
+    assert len(os.listdir(folder)) == 5
+    done = millstream("checkpoint", "prune", "run", "--keep", "1", "--best", "test/accuracy:max", "--keep-every", "40")
+    assert done.code == 0 and "2 of 5 checkpoints deleted" in done.out
+    assert sorted(int(name[-8:]) for name in os.listdir(folder)) == [10, 40, 50]
+    assert "nothing to delete" in millstream("checkpoint", "prune", "run").out
+    done = millstream("checkpoint", "prune", "run", "--best", "test/accuracy")
+    assert done.code == 2 and "test/accuracy:max or test/accuracy:min" in done.err
+
+
+def test_checkpoints_are_sent_by_hand(millstream: Run, project: Path) -> None:
+    (project / "run").mkdir()
+    (project / "run" / "config.yaml").write_text(dump(resolve(load("good.yaml", ["checkpoint.keep=3"]))))
+    assert "give --url, or set checkpoint.url" in millstream("checkpoint", "upload", "run").err
+    folder = project / "run" / "checkpoints"
+    for step in (10, 20, 30):
+        small_checkpoint.save(folder, step)
+    (folder / "checkpoint-00000020" / "rank-00000.safetensors").write_bytes(bytes(1500))
+    far = f"file://{project}/far"
+    done = millstream("checkpoint", "upload", "run", "--url", far)
+    assert done.code == 1 and "step 30: 3.0 kB in" in done.out and "does not match its sha256" in done.out
+    small_checkpoint.save(folder, 20, attempt=2)
+    done = millstream("checkpoint", "upload", "run", "--url", far)
+    assert done.code == 0 and done.out.splitlines()[-1] == f"all is at {far}/run"
+    assert sorted(os.listdir(project / "far" / "run")) == sorted(os.listdir(folder))
 
 
 def test_folders_that_are_no_runs(millstream: Run, project: Path) -> None:

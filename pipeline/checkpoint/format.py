@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MANIFEST", "VERSION", "Damage", "FileDigest", "Found", "FragmentPlace", "Listed", "Manifest", "adopt",
-    "checkpoint_name", "commit", "delete", "discard", "find", "list_checkpoints", "parse", "seal", "stage", "verify",
-    "write",
+    "checkpoint_name", "commit", "delete", "discard", "find", "inspect", "list_checkpoints", "parse", "seal", "stage",
+    "verify", "write",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -159,6 +159,11 @@ def find(root: Path, step: int | None = None, home: Remote | None = None) -> Fou
             "Bring a good copy back, or start anew on purpose with --fresh (a new run folder; nothing is deleted)."
         )
     return None
+
+
+def inspect(path: Path) -> tuple[Manifest | None, list[Damage]]:
+    """Reads every byte of one checkpoint; its manifest where that can be trusted, and all that is wrong with it."""
+    return _inspect(path, read=True)
 
 
 def verify(path: Path) -> list[Damage]:

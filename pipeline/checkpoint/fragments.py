@@ -105,6 +105,12 @@ class Reader:
         for place in places:
             self._places[place.parameter, place.key].append(place)
 
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.clear()
+
     def read_into(self, target: Tensor, name: str, key: str, start: int) -> None:
         """Fill the 1-d `target` with elements [start, start + numel) of `key` of `name`, converted to its dtype."""
         for place in self._places[name, key]:

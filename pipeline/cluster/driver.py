@@ -219,7 +219,10 @@ def sinks(config: Config, folder: Path, console: Console) -> Iterator[Wandb]:
 
 
 def run_folder(config: Config, fresh: bool) -> Path:
-    """The run's folder: `<runs>/<name>`, or the newest of `<name>-2`, `<name>-3`, ... that `fresh` started."""
+    """The run's folder: `<runs>/<name>`, or the newest of `<name>-2`, `<name>-3`, ... that `fresh` started.
+
+    Raises CheckpointError when the second home has to be asked for that and does not answer.
+    """
     runs = Path(config.runs)
     taken = {1: runs / config.name} if (runs / config.name).exists() else {}
     for path in runs.glob(f"{config.name}-*"):
@@ -229,12 +232,13 @@ def run_folder(config: Config, fresh: bool) -> Path:
     newest = max(taken, default=0)
     if newest and not fresh:
         return taken[newest]
-    while True:
+
+    def named(number: int) -> Path:
+        return runs / (config.name if number == 1 else f"{config.name}-{number}")
+
+    while (home := home_of(config, named(newest + 1))) and home.steps():  # it lives in its second home and not here
         newest += 1
-        folder = runs / (config.name if newest == 1 else f"{config.name}-{newest}")
-        home = home_of(config, folder) if fresh else None  # a run of this name may live there and not here
-        if home is None or not home.steps():
-            return folder
+    return named(newest + 1 if fresh else max(newest, 1))
 
 
 def note_configuration(config: Config, folder: Path, console: Console) -> None:

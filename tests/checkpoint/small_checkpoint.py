@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.checkpoint import format
 from pipeline.checkpoint.format import FileDigest, FragmentPlace, Manifest
 
 
-def save(root: Path, step: int, attempt: int = 1, newest_attempt: int | None = None, size: int = 1500) -> Path:
+def save(
+    root: Path,
+    step: int,
+    attempt: int = 1,
+    newest_attempt: int | None = None,
+    size: int = 1500,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
     """A small checkpoint of two files whose content follows from (step, attempt)."""
     staging = format.stage(root, step, attempt)
     files: dict[str, FileDigest] = {}
@@ -31,7 +39,7 @@ def save(root: Path, step: int, attempt: int = 1, newest_attempt: int | None = N
         config={"seed": 0, "optim": {"betas": [0.9, 0.999]}},
         environment={"threads": 1},
         journal={"attempt": attempt, "seq": 7 * step},
-        metrics={"train/loss": 0.1 + step},
+        metrics=dict(metrics or {"train/loss": 0.1 + step}),
     )
     return format.commit(root, staging, manifest, newest_attempt=attempt if newest_attempt is None else newest_attempt)
 
