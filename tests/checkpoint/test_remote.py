@@ -13,8 +13,8 @@ from pipeline.checkpoint.format import MANIFEST, checkpoint_name
 from pipeline.checkpoint.remote import Refused, Remote
 from pipeline.checkpoint.retention import Retention
 from pipeline.checkpoint.uploads import Outbox
+from tests.checkpoint.power import Disk, PowerCut, lose, no_waiting
 from tests.checkpoint.small_checkpoint import found_step, save
-from tests.checkpoint.test_crash import Disk, PowerCut, no_waiting
 
 __all__ = ["no_waiting"]  # a fixture
 
@@ -223,11 +223,10 @@ def test_sending_cut_at_every_operation_leaves_only_what_is_whole(
     assert cuts > 12
 
 
-@pytest.mark.parametrize("moment", ["before", "half", "after"])
-@pytest.mark.parametrize("lost", ["nothing", "contents", "names", "moves"])
-def test_fetching_cut_at_every_operation(tmp_path: Path, moment: str, lost: str, no_waiting: None) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_fetching_cut_at_every_operation(tmp_path: Path, half: bool, no_waiting: None) -> None:
     """Step 20 is damaged here and whole there; 10 is whole here. Always one of them loads, and the next try has 20."""
-    pristine, cuts = tmp_path / "pristine", 0
+    pristine, crashed, root, last = tmp_path / "pristine", tmp_path / "crashed", tmp_path / "root", 0
     home = Remote(f"file://{tmp_path}/far", "run")
     save(pristine, 10)
     broken = save(pristine, 20)
@@ -235,21 +234,24 @@ def test_fetching_cut_at_every_operation(tmp_path: Path, moment: str, lost: str,
     (broken / "rank-00000.safetensors").write_bytes(bytes(1500))
     done = False
     while not done:
-        cuts += 1
-        root = tmp_path / f"root-{cuts}"
-        shutil.copytree(pristine, root)
-        cut = Disk(cuts, moment)
+        last += 1
+        shutil.copytree(pristine, crashed)
+        cut = Disk(last, half)
         with pytest.MonkeyPatch.context() as patch:
             cut.install(patch)
             try:
-                format.find(root, home=home)
+                format.find(crashed, home=home)
                 done = True
             except PowerCut:
-                cut.lose(lost)
-        assert found_step(root) in (10, 20), f"cut {moment} operation {cuts}"
-        found = format.find(root, home=home)
-        assert found is not None and found.step == 20 and format.verify(found.path) == []
-        save(root, 90, attempt=5)
-        assert sorted(path.name for path in root.iterdir()) == [checkpoint_name(step) for step in (10, 20, 90)]
-        shutil.rmtree(root)
-    assert cuts > 15
+                pass
+        for loss in [[]] if done else cut.losses():
+            shutil.copytree(crashed, root)
+            lose(loss, crashed, root)
+            assert found_step(root) in (10, 20), f"cut at operation {last}, lost {loss}"
+            found = format.find(root, home=home)
+            assert found is not None and found.step == 20 and format.verify(found.path) == []
+            save(root, 90, attempt=5)
+            assert sorted(path.name for path in root.iterdir()) == [checkpoint_name(step) for step in (10, 20, 90)]
+            shutil.rmtree(root)
+        shutil.rmtree(crashed)
+    assert last > 15
