@@ -44,15 +44,16 @@ class Retention:
         """The steps that stay as the newest, in order."""
         return sorted(good)[-max(self.keep, 1) :]
 
-    def kept(self, good: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """The steps that stay, of good checkpoints by step with their metrics."""
-        always = {step for step in good if self.keep_every and step % self.keep_every == 0}
-        return {*self.newest(good), *self._best(good), *always}
-
-    def _best(self, good: Mapping[int, Mapping[str, float]]) -> list[int]:
+    def best_ones(self, good: Mapping[int, Mapping[str, float]]) -> list[int]:
+        """The steps that stay as the best, the best first; of two that are equally good the earlier."""
         sign = -1 if self.mode == "max" else 1
         values = ((sign * metrics.get(self.best or "", math.nan), step) for step, metrics in good.items())
         return [step for _, step in sorted(pair for pair in values if math.isfinite(pair[0]))][: self.keep_best]
+
+    def kept(self, good: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """The steps that stay, of good checkpoints by step with their metrics."""
+        always = {step for step in good if self.keep_every and step % self.keep_every == 0}
+        return {*self.newest(good), *self.best_ones(good), *always}
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Keeper:
         while True:
             metrics = {step: each.manifest.metrics for step, each in good.items() if each.manifest}
             kept, newest = self.rules.kept(metrics), self.rules.newest(good)
-            counted = {*newest, *self.rules._best(metrics)}
+            counted = {*newest, *self.rules.best_ones(metrics)}
             broken = [step for step in sorted(counted) if not self._read_back(good[step])]
             if not broken:
                 break

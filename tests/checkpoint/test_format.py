@@ -17,7 +17,10 @@ import pytest
 from pipeline.checkpoint import disk, format
 from pipeline.checkpoint.format import FileDigest, Manifest
 from pipeline.errors import CheckpointError
+from tests.checkpoint.power import no_waiting
 from tests.checkpoint.small_checkpoint import found_step, save
+
+__all__ = ["no_waiting"]  # a fixture
 
 
 def everything(root: Path) -> dict[str, bytes]:
@@ -71,45 +74,49 @@ def test_newer_format_is_refused_not_passed_over(tmp_path: Path) -> None:
 # --- damage ---
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+KINDS = ["rank-00001.safetensors", format.MANIFEST]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
+    """200 in each kind of file; the one before is loaded, and what is damaged is named."""
     previous, path = save(tmp_path, 10), save(tmp_path, 20)
-    files = sorted(file for file in path.iterdir())
-    rng = random.Random(0)
-    for round_ in range(200):
-        file = files[round_ % len(files)]
-        original = file.read_bytes()
-        bit = rng.randrange(len(original) * 8)
+    original, rng = (path / name).read_bytes(), random.Random(name)
+    for bit in rng.sample(range(len(original) * 8), 200):
         flipped = bytearray(original)
         flipped[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(flipped)
+        (path / name).write_bytes(flipped)
         found = format.find(tmp_path)
-        assert found is not None and found.path == previous, f"bit {bit} of {file.name} was not noticed"
-        assert [(damage.path, damage.file) for damage in found.bad] == [(path, file.name)]
-        file.write_bytes(original)
+        assert found is not None and found.path == previous, f"bit {bit} of {name} was not noticed"
+        assert [(damage.path, damage.file) for damage in found.bad] == [(path, name)]
+    (path / name).write_bytes(original)
     assert found_step(tmp_path) == 20
 
 
-def test_every_truncation_and_every_missing_file_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_every_truncation_and_every_missing_file_is_found(tmp_path: Path, name: str) -> None:
+    """Cut after each byte; gone; and longer by one byte."""
     save(tmp_path, 10)
-    path = save(tmp_path, 20, size=5000)
-    for file in sorted(path.iterdir()):
-        original = file.read_bytes()
-        for length in {*range(0, len(original), 512), len(original) - 1}:
-            file.write_bytes(original[:length])
-            assert found_step(tmp_path) == 10, f"{file.name} cut to {length} bytes was not noticed"
-        file.unlink()
-        assert found_step(tmp_path) == 10 and format.verify(path)[0].kind == "missing"
-        file.write_bytes(original + b"\0")
-        assert found_step(tmp_path) == 10, f"a byte after the end of {file.name} was not noticed"
-        file.write_bytes(original)
+    path = save(tmp_path, 20)
+    original = (path / name).read_bytes()
+    for length in range(len(original)):
+        (path / name).write_bytes(original[:length])
+        assert [damage.file for damage in format.verify(path)] == [name], f"{name} cut to {length} bytes"
+    assert found_step(tmp_path) == 10
+    (path / name).unlink()
+    assert found_step(tmp_path) == 10 and format.verify(path)[0].kind == "missing"
+    (path / name).write_bytes(original + b"\0")
+    assert found_step(tmp_path) == 10, f"a byte after the end of {name} was not noticed"
 
 
-def test_clean_checkpoints_raise_no_alarm(tmp_path: Path) -> None:
-    for step in range(0, 200, 10):
-        path = save(tmp_path, step, attempt=1 + step // 50)
+def test_a_thousand_clean_loads_raise_no_alarm(tmp_path: Path, no_waiting: None) -> None:
+    """100 checkpoints of many sizes, each found ten times as the newest."""
+    rng = random.Random(0)
+    for step in range(100):
+        save(tmp_path, step, attempt=1 + step // 25, size=rng.randrange(701, 40_000))
         for _ in range(10):
-            assert format.verify(path) == []
-    assert len(format.list_checkpoints(tmp_path)) == 20
+            found = format.find(tmp_path)
+            assert found is not None and (found.step, found.bad) == (step, [])
     assert all(not listed.damage and listed.manifest for listed in format.list_checkpoints(tmp_path))
 
 
