@@ -114,8 +114,9 @@ class Outbox:
     def _tidy(self) -> None:
         """Delete there what no rule keeps, and what a cut upload has left of a step that is not to be sent any more."""
         stays = self.rules.kept({step: found.metrics for step, found in self._there.items()}) | {*self.waiting()}
-        for step in self.home.folders():
-            if step not in stays and step < max(self._there, default=0):
+        for step, files in self.home.folders().items():
+            ours = step in self._there or MANIFEST not in files  # not one that a newer attempt has sent meanwhile
+            if ours and step not in stays and step < max(self._there, default=0):
                 self.home.delete(step)
                 self._there.pop(step, None)
 

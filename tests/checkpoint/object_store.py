@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 BUCKET = "shelf"
+SERVER = (
+    "import ctypes, signal, sys\n"
+    "if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # no orphan when the test is killed
+    "from moto.server import main; main(sys.argv[1:])\n"
+)
 
 
 class ObjectStore:
@@ -32,7 +35,7 @@ class ObjectStore:
 
     def start(self) -> None:
         """Start, or start again, empty but for the bucket."""
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [sys.executable, "-c", SERVER, "-H", "127.0.0.1", "-p", str(self.port)]
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=quiet, stderr=quiet)
         while True:
@@ -68,14 +71,3 @@ class ObjectStore:
         plain = {"Content-Type": "text/plain"}
         request = urllib.request.Request(self.endpoint + path, data=body, method=method, headers=plain)
         urllib.request.urlopen(request, timeout=10).close()
-
-
-@contextmanager
-def serving(environment: Mapping[str, str] | None = None) -> Iterator[ObjectStore]:
-    """A server for as long as the block lasts."""
-    store = ObjectStore()
-    store.start()
-    try:
-        yield store
-    finally:
-        store.kill()

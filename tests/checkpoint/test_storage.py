@@ -13,9 +13,11 @@ from pipeline import config as configs
 from pipeline.checkpoint.remote import Remote
 from pipeline.cluster import driver
 from pipeline.errors import CheckpointError
+from pipeline.session import World
 from pipeline.track import journal
-from tests import small_data
+from tests import gloo, small_data
 from tests.checkpoint.object_store import BUCKET, ObjectStore
+from tests.small_session import records_of
 
 TASK = {"name": "tests.poisoned_task"}
 
@@ -88,6 +90,25 @@ def test_a_store_that_refuses_costs_no_step_and_what_waits_is_named(
         assert Remote(f"s3://{BUCKET}/x", "toy").steps() == [12]
     finally:
         store.kill()
+
+
+def on_two(world: World, toy: Path) -> dict[str, Any]:
+    """Two ranks train, lose their folder, and go on; what each has recorded the second time."""
+    run = toy.parent / "runs" / "toy"
+    records_of(world, configs.load(toy, ["steps=4"]), run)
+    if world.rank == 0:
+        shutil.rmtree(run / "checkpoints")
+    world.barrier()
+    records = records_of(world, configs.load(toy, ["steps=6"]), run)
+    return {record["kind"]: record for record in records}
+
+
+def test_all_ranks_go_on_from_what_was_fetched(toy: Path) -> None:
+    first, second = gloo.run(on_two, 2, toy)
+    assert first["restore"]["step"] == 4
+    assert first["restore"]["notes"][0] == f"fetched from file://{toy.parent}/far/toy"
+    assert (first["upload"]["step"], first["end"]["step"]) == (6, 6)
+    assert not {"upload", "save", "restore"} & second.keys()  # only rank 0 speaks of them
 
 
 def test_the_best_ones_stay(toy: Path) -> None:
