@@ -24,6 +24,7 @@ from pipeline.sections import (
     Cluster,
     Count,
     Data,
+    Ema,
     Evaluate,
     Folder,
     Guard,
@@ -55,6 +56,9 @@ class Config(Strict):
     optim: Optim
     zero: Zero = Zero()
     precision: Precision = Precision()
+    ema: Ema | None = Field(
+        default=None, description="moving average of the weights, evaluated beside them; null: none"
+    )
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     track: Track = Track()

@@ -4,9 +4,8 @@
 
 DeepSpeed shares the state among the ranks in a way of its own for each ZeRO stage and precision. Here the differences
 end: at every stage the gradient norm is known, clipping is the same, and a gradient that is not finite changes neither
-weights nor optimizer. What it gives up: CPU and NVMe offload, quantized and hierarchical ZeRO are refused, as their
-state cannot be saved yet. In bf16 and fp16, stages 1 to 3 add micro-batch gradients up in fp32, stage 0 in the low
-precision: DeepSpeed knows nothing else there.
+weights nor optimizer. What it gives up: in bf16 and fp16, stages 1 to 3 add micro-batch gradients up in fp32, but stage
+0, and stages 1 and 2 with the optimizer offloaded, in the low precision: DeepSpeed knows nothing else there.
 """
 
 from __future__ import annotations
@@ -25,37 +24,20 @@ from torch import Tensor, nn
 from pipeline import optim
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
+from pipeline.loss_scale import LossScale
 from pipeline.prepare import input_cast, prepare
 from pipeline.session import World
+from pipeline.zero import DEEPSPEED_VERSION, deepspeed_config
 
 # Said before the import: detection prints to the terminal when it finds no accelerator.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import logger as deepspeed_logger
-from pydantic import ValidationError
 
-# Checkpoints read private attributes of this version (checkpoint/layouts.py lists them).
-DEEPSPEED_VERSION = "0.19.8"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Settings of DeepSpeed under which the state lies where checkpoints do not look, or the gradient norm is not known.
-_REFUSED = [
-    "offload_optimizer",
-    "offload_param",
-    "cpu_offload",
-    "cpu_offload_param",
-    "zenflow",
-    "legacy_stage1",
-    "elastic_checkpoint",
-    "round_robin_gradients",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-]
 
 
 @dataclass(frozen=True)
@@ -76,6 +58,9 @@ class Engine:
         self.stage: int = config.zero.stage
         self.dtype = DTYPES[config.precision.dtype]
         self.clip = config.optim.clip
+        self.scaler = LossScale() if self.dtype == torch.float16 else None
+        tensors, self.number_keys = optim.state_keys(self.optimizer)
+        self.state_keys = (*tensors, optim.EMA) if config.ema else tensors
         self.hyperparameters = _hyperparameters(self.param_groups)
 
     @property
@@ -111,7 +96,11 @@ class Engine:
     @property
     def loss_scale(self) -> float | None:
         """fp16's present loss scale; None in fp32 and bf16, which need none."""
-        return float(self.deepspeed.optimizer.loss_scale) if self.dtype == torch.float16 else None
+        return self.scaler.scale if self.scaler else None
+
+    def set_loss_scale(self, scaler: LossScale) -> None:
+        """Go on with this scale and its count (a restore does)."""
+        self.scaler, self.deepspeed.optimizer.loss_scale = scaler, scaler.scale
 
     def backward(self, loss: Tensor) -> None:
         """Add one micro batch's gradient; A calls make a step's. `loss` []: sum over its terms / terms of global batch.
@@ -147,6 +136,8 @@ class Engine:
             norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
             if self.stage == 0 and scale is not None:
                 norm /= scale  # the other layouts report it unscaled
+        if self.scaler:
+            self.deepspeed.optimizer.loss_scale = self.scaler.after(applied)
         return StepResult(norm, applied, scale)
 
     def optimizer_tensors(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -195,18 +186,23 @@ def build(config: Config, model: nn.Module, world: World) -> Engine:
 
     Raises ConfigError for settings that cannot work with this model or number of workers.
     """
-    settings = deepspeed_config(config, world.world_size)
+    settings = deepspeed_config(config, world.world_size, pinned=world.device.type == "cuda")
     init_distributed(world)
-    if config.precision.dtype == "fp16" and world.device.type == "cpu":
-        raise ConfigError("precision.dtype: fp16 needs a GPU. Use bf16 or fp32 here.")
+    accelerator: Any = get_accelerator()
+    if config.precision.dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError("precision.dtype: fp16 needs a GPU or a CPU with AVX512-FP16. Use bf16 or fp32 here.")
+    optim.freeze(model, config.optim)
     prepare(model, DTYPES[config.precision.dtype], recompute=config.activation_checkpointing)
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(elements, 500_000_000))  # the default fills 2 GB
-    optimizer = optim.build(config.optim, optim.parameter_groups(model, config.optim))
+    groups, offloaded = optim.parameter_groups(model, config.optim), config.zero.offload_optimizer is not None
+    optimizer = optim.build(config.optim, groups, offloaded)
     parts = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     engine = Engine(config, world, parts[0])
+    if engine.stage > 0:
+        engine.deepspeed.optimizer.optimizer = optimizer  # for Adagrad it has made one of its own, without our groups
     for group, tensor in engine.optimizer_tensors():
-        optim.allocate(engine.optimizer, group, tensor)
+        optim.allocate(engine.optimizer, group, tensor, average=config.ema is not None)
     engine.module.register_forward_pre_hook(input_cast(engine.dtype, world.device), with_kwargs=True)
     if config.compile:
         engine.deepspeed.compile()
@@ -229,57 +225,6 @@ def init_distributed(world: World) -> None:
     cuda = world.device.type == "cuda"
     os.environ["LOCAL_RANK"] = str(world.device.index if cuda else world.local_rank)  # it takes its device from there
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-
-
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The run's configuration in DeepSpeed's words, for `world_size` ranks.
-
-    `zero.extra` is laid over the `zero_optimization` section. Raises ConfigError for keys that DeepSpeed does not
-    know, for those that checkpoints cannot serve, and for more ranks than micro batches.
-    """
-    if world_size > config.micro_batches:
-        raise ConfigError(
-            f"{world_size} workers, but a step has only {config.micro_batches} micro batches "
-            f"(global_batch_size {config.global_batch_size} / micro_batch_size {config.micro_batch_size}). "
-            f"Use at most {config.micro_batches} workers or a smaller micro_batch_size."
-        )
-    steps = config.micro_steps(world_size)
-    low = config.precision.dtype != "fp32"
-    plain = not low and config.zero.stage == 0  # clipped by Engine.step
-    settings: dict[str, Any] = {
-        "train_batch_size": config.micro_batch_size * steps * world_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": steps,
-        "gradient_clipping": 0.0 if plain else config.optim.clip or 0.0,
-        "zero_optimization": _zero_section(config),
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "communication_data_type": "fp32",
-        "gradient_allreduce_op": "mean" if config.zero.stage == 3 else "sum",  # see Engine.backward
-        "bf16": {"enabled": config.precision.dtype == "bf16"},
-        "fp16": {"enabled": config.precision.dtype == "fp16"},
-        "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every micro step
-    }
-    if low and config.zero.stage > 0:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
-
-
-def _zero_section(config: Config) -> dict[str, Any]:
-    extra = config.zero.extra
-    for key in _REFUSED:
-        if extra.get(key) and (key, extra[key]) != ("zero_hpz_partition_size", 1):
-            raise ConfigError(f"zero.extra.{key}: not supported, as checkpoints cannot save its state. Remove the key.")
-    if extra.get("stage", config.zero.stage) != config.zero.stage or not extra.get("compute_grad_norm", True):
-        raise ConfigError("zero.extra: set the stage by zero.stage; compute_grad_norm cannot be off. Remove the key.")
-    section = {"stage": config.zero.stage, **extra}
-    try:
-        DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"zero.extra: DeepSpeed {DEEPSPEED_VERSION} refuses it: {wrong}") from error
-    return section
 
 
 def _hyperparameters(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline import ema
 from pipeline.config import Config
 from pipeline.data.decode import load_decoders
 from pipeline.data.fill import Fill
@@ -25,11 +26,23 @@ from pipeline.tasks import Sums, Task
 
 
 def evaluate(config: Config, task: Task, engine: Engine, world: World) -> dict[str, float]:
-    """Score every held-out set of the configuration: {"eval/<set>/<metric>": value}, the same on all ranks."""
+    """Score every held-out set of the configuration: {"eval/<set>/<metric>": value}, the same on all ranks.
+
+    With a moving average of the weights also {"eval/<set>/ema/<metric>": value}, for the average.
+    """
+    metrics = _score_sets("", config, task, engine, world)
+    if config.ema:
+        with ema.averaged(engine):
+            metrics |= _score_sets("ema/", config, task, engine, world)
+    return metrics
+
+
+def _score_sets(which: str, config: Config, task: Task, engine: Engine, world: World) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, folder in config.data.evaluate.items():
         sums = _score(Path(folder), config, task, engine, world)
-        metrics |= {f"eval/{name}/{metric}": value for metric, value in means(sums, world.gather(flat(sums))).items()}
+        found = means(sums, world.gather(flat(sums)))
+        metrics |= {f"eval/{name}/{which}{metric}": value for metric, value in found.items()}
     return metrics
 
 

@@ -3,7 +3,7 @@
 The engine has already refused such a step: weights and optimizer are as before, on every rank and at every ZeRO
 stage. Here it is decided whether the run goes on: by policy `skip`, up to so many in a row; by policy `stop`, never.
 The samples are named, so that a bad one can be found. With fp16 an overflow is how the loss scale finds its level: it
-is counted apart and ends no run by itself.
+is counted apart and ends no run by itself, until the scale can fall no further.
 
 A bad sample has been replaced by the rank that met it, if the policy is to substitute; here all ranks learn of it, so
 that the decision holds everywhere and is replayed after a restart, and the run ends when there are too many.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pipeline.data.fill import MicroBatch, Substitutes, Substitution
 from pipeline.engine import StepResult
 from pipeline.errors import DataError, RunError
+from pipeline.loss_scale import LEAST
 from pipeline.sections import Data, Guard
 from pipeline.session import Session
 
@@ -36,7 +37,7 @@ class NonFinite:
         if result.applied:
             self.in_a_row = 0
             return
-        if result.loss_scale is not None and math.isfinite(loss):
+        if result.loss_scale is not None and result.loss_scale > LEAST and math.isfinite(loss):
             session.record(
                 "skip", step=step, rank=session.world.rank, reason="fp16 overflow", loss_scale=result.loss_scale
             )

@@ -40,9 +40,8 @@ Rule = Callable[[Known], list[Problem]]
 
 def numbers(known: Known) -> list[Problem]:
     """Problems of values against each other; looks at nothing outside the configuration."""
-    return _apply(
-        [_batch_split, _workers, _lanes, _schedule, _optimizer, _precision, _retention, _best, _evaluation], known
-    )
+    rules = [_batch_split, _workers, _lanes, _schedule, _optimizer, _precision, _offload, _retention, _best]
+    return _apply([*rules, _evaluation], known)
 
 
 def folders(known: Known) -> list[Problem]:
@@ -123,6 +122,15 @@ def _precision(known: Known) -> list[Problem]:
     if known["precision.dtype"] == "fp16" and known["cluster.gpu"] is False:
         mend = "set it to bf16 or fp32, or leave cluster.gpu out"
         return [Problem("precision.dtype", "fp16 needs a GPU, and cluster.gpu is false", suggestion=mend)]
+    return []
+
+
+def _offload(known: Known) -> list[Problem]:
+    if known["zero.offload_optimizer"] is not None and known["zero.stage"] == 0:
+        mend = "set zero.stage to 1, 2 or 3, or leave zero.offload_optimizer out"
+        return [
+            Problem("zero.offload_optimizer", "stage 0 keeps the optimizer's state with the weights", suggestion=mend)
+        ]
     return []
 
 

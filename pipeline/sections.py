@@ -85,17 +85,44 @@ class Group(Strict):
     weight_decay: float | None = Field(default=None, ge=0, description="instead of optim.weight_decay")
 
 
+Optimizer = Literal["adamw", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "sgd"]
+_WHOLE = "it looks at whole matrices or layers, and ZeRO gives each worker a flat slice of them"
+_NOT_ELEMENTWISE = {
+    **dict.fromkeys(("adafactor", "lamb", "lars", "muon", "shampoo", "soap"), _WHOLE),
+    "lbfgs": "its line search runs a step's forward pass several times",
+    "sparseadam": "it takes sparse gradients, which ZeRO does not",
+    "asgd": "its averages begin from the learning rate, which is set step by step here",
+    "rprop": "it needs the gradient of the whole data set, and its steps begin from the learning rate",
+    "lion": "torch has none, and no other has been proven here",
+}
+
+
+def _optimizer(name: object) -> object:
+    """Those that are known and cannot serve are refused with the reason."""
+    plain = str(name).lower().replace("_", "").replace("-", "")
+    if plain in _NOT_ELEMENTWISE:
+        raise ValueError(
+            f"{name} cannot serve: {_NOT_ELEMENTWISE[plain]}. Proven are: {', '.join(get_args(Optimizer))}"
+        )
+    return name
+
+
 class Optim(Strict):
     """Optimizer, its learning rate over time, and its parameter groups."""
 
-    name: Literal["adamw", "sgd"] = Field(description="optimizer")
+    name: Annotated[Optimizer, BeforeValidator(_optimizer)] = Field(description="optimizer")
     lr: float = Field(gt=0, description="peak learning rate")
-    weight_decay: float = Field(default=0.0, ge=0, description="per step and unit of learning rate (adamw: decoupled)")
-    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="decay of adamw's two running means, per step")
-    eps: float = Field(default=1e-8, gt=0, description="added to adamw's denominator")
-    momentum: Decay = Field(default=0.9, description="decay of sgd's running gradient, per step")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="per step and unit of learning rate (adamw: decoupled, others: in the gradient)"
+    )
+    betas: tuple[Decay, Decay] = Field(
+        default=(0.9, 0.999), description="decay of adam's two running means, per step; rmsprop, adadelta: the second"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="added to the denominator (all but sgd)")
+    momentum: Decay = Field(default=0.9, description="decay of sgd's and rmsprop's running gradient, per step")
     nesterov: bool = Field(default=False, description="sgd looks one momentum step ahead")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null: any")
+    freeze: tuple[str, ...] = Field(default=(), description="globs over names of parameters that are not trained")
     groups: tuple[Group, ...] = Field(default=(), description="first group whose glob matches a parameter name has it")
     decay_norm_and_bias: bool = Field(default=False, description="weight decay also for 1-d parameters (norms, biases)")
     schedule: Schedule = Field(default=Schedule(), description="learning rate over time")
@@ -105,13 +132,23 @@ class Zero(Strict):
     """How DeepSpeed shares the model's state among workers."""
 
     stage: Literal[0, 1, 2, 3] = Field(default=1, description="1: optimizer state, 2: gradients too, 3: weights too")
+    offload_optimizer: Literal["cpu"] | None = Field(
+        default=None, description="cpu: masters and optimizer state in host memory, stepped there (stages 1 to 3)"
+    )
     extra: dict[str, Any] = Field(default={}, description="any other DeepSpeed setting, in DeepSpeed's own words")
 
 
 class Precision(Strict):
     """Numbers of the forward and backward pass; master weights and optimizer state are always fp32."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="fp16 scales the loss and needs a GPU")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="fp16 scales the loss; few CPUs have it")
+
+
+class Ema(Strict):
+    """Exponential moving average of the weights: average <- decay * average + (1 - decay) * weights."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1, description="per update; 0.999 looks back over 1,000 or so")
+    every: Count = Field(default=1, description="steps between updates")
 
 
 class Checkpoint(Strict):

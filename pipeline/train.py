@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import xxhash
 
-from pipeline import checkpoint, tasks
+from pipeline import checkpoint, ema, tasks
 from pipeline import engine as engines
 from pipeline.batch_norm import RunningStatistics
 from pipeline.checkpoint import Restored, probe, uploads
@@ -100,6 +100,7 @@ def train(config: Config, session: Session) -> str:
             guard.judge(session, step, result, metrics["train/loss"], batches)
             if result.applied:
                 learner.running.update(world, config.micro_batches)
+                ema.update(engine, config.ema, step)
             metrics["train/grad_norm"] = result.grad_norm
         else:
             guard.empty(session, step)

@@ -44,6 +44,8 @@ class Words(nn.Module):
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
         self.head.weight = self.embed.weight  # tied
         self.recompute = False
+        self.register_buffer("shift", torch.linspace(-1, 1, WIDTH))
+        self.shift: Tensor
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
         self.recompute = True
@@ -53,7 +55,7 @@ class Words(nn.Module):
         q, k, v = self.mix(self.norm(x)).split(WIDTH, dim=-1)
         x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + (checkpoint(self.widen, x, use_reentrant=False) if self.recompute else self.widen(x))
-        return self.head(self.last(x))
+        return self.head(self.last(x) + 0.01 * self.shift.to(x.dtype))
 
     def widen(self, x: Tensor) -> Tensor:
         return F.dropout(self.down(F.gelu(self.up(x))), 0.1, self.training)
@@ -87,6 +89,7 @@ def config(kind: str, stage: int, dtype: str = "fp32", **changes: Any) -> Config
         settings: dict[str, Any] = {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1, "groups": groups}
     else:
         settings = {"name": "sgd", "lr": 5e-2, "weight_decay": 1e-2}
+    stages = {"stage": stage, "extra": changes.pop("extra", {}), "offload_optimizer": changes.pop("offload", None)}
     optim = Optim.model_validate({**settings, "clip": 1.0, "schedule": schedule, **changes.pop("optim", {})})
     return Config.model_construct(
         name="small",
@@ -94,7 +97,7 @@ def config(kind: str, stage: int, dtype: str = "fp32", **changes: Any) -> Config
         global_batch_size=ROWS,
         micro_batch_size=MICRO,
         optim=optim,
-        zero=Zero.model_validate({"stage": stage, "extra": changes.pop("extra", {})}),
+        zero=Zero.model_validate(stages),
         precision=Precision.model_validate({"dtype": dtype}),
         **changes,
     )
@@ -162,6 +165,23 @@ def state(engine: Engine) -> dict[str, Any]:
         found[f"{piece.name}|weights"] = piece.weights[0].clone()
     numbers = (engine.optimizer.state[tensor].get("step") for _, tensor in engine.optimizer_tensors())
     return found | {f"step {i}": float(number) for i, number in enumerate(numbers) if number is not None}
+
+
+def whole(world: World, engine: Engine) -> dict[str, Tensor]:
+    """Every state of every parameter, put together from the pieces of all ranks: "name|key" -> flat tensor."""
+    from pipeline.checkpoint import layouts
+
+    mine = [
+        (f"{piece.name}|{key}", piece.start, tensor.cpu())
+        for piece in layouts.pieces(engine)
+        for key, tensor in piece.state.items()
+        if world.rank == 0 or not piece.replicated
+    ]
+    found: dict[str, dict[int, Tensor]] = {}
+    for pieces in world.gather_objects(mine):
+        for place, start, tensor in pieces:
+            found.setdefault(place, {})[start] = tensor
+    return {place: torch.cat([parts[start] for start in sorted(parts)]) for place, parts in found.items()}
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:

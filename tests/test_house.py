@@ -29,7 +29,10 @@ LAYERS = [
         "batch_norm",
         "prepare",
         "optim",
+        "loss_scale",
+        "zero",
         "engine",
+        "ema",
         "evaluate",
         "guard",
         "checkpoint",
@@ -42,7 +45,7 @@ LAYERS = [
 ]
 FENCES = {
     "ray": ["cluster"],
-    "deepspeed": ["engine", "checkpoint.shards", "checkpoint.layouts"],
+    "deepspeed": ["engine", "zero", "checkpoint.shards", "checkpoint.layouts"],
     "wandb": ["track.wandb"],
     "webdataset": ["data"],
 }

@@ -99,9 +99,9 @@ def restore(
         followed = resume(found.step, manifest.data)
     except DataError as error:
         raise CheckpointError(f"{found.path} {error}") from error
-    shards.restore(engine, buffers, manifest, found.path)
+    begun = shards.restore(engine, buffers, manifest, found.path)
     notes = [*followed, *found.notes, *(f"damaged, passed over: {damage}" for damage in found.bad)]
-    notes += [f"not bitwise: {line}" for line in facts.differences(manifest, engine, config)]
+    notes += [f"not bitwise: {line}" for line in (*begun, *facts.differences(manifest, engine, config))]
     return Restored(found.step, manifest, notes)
 
 

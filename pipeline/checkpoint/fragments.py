@@ -11,12 +11,12 @@ import json
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.checkpoint.manifest import FragmentPlace
@@ -30,9 +30,12 @@ _SPELLED = {
     torch.float64: "F64",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {spelled: dtype for dtype, spelled in _SPELLED.items()}
 
 
 class Fragment(NamedTuple):
@@ -48,7 +51,12 @@ class Fragment(NamedTuple):
         return self.tensor.numel()
 
     def place(self, file: str) -> FragmentPlace:
-        """Its entry in the manifest's table."""
+        """Its entry in the manifest's table. Raises CheckpointError for a dtype that safetensors does not have."""
+        if self.tensor.dtype not in _SPELLED:
+            raise CheckpointError(
+                f"{self.key} of {self.name!r} is {self.tensor.dtype}, which cannot be stored; "
+                "register the buffer with persistent=False, or keep it in another dtype"
+            )
         label = f"{self.name}|{self.key}|{self.start}"
         return FragmentPlace(file, label, self.name, self.key, self.start, self.numel, _SPELLED[self.tensor.dtype])
 
@@ -96,11 +104,14 @@ def file_chunks(fragments: Iterable[Fragment]) -> Iterator[bytes | memoryview]:
 
 
 class Reader:
-    """Slices of the state in a checkpoint's files: opens only files it needs, copies only what is asked for."""
+    """Slices of the state in a checkpoint's files: reads the bytes that are asked for and each file's header, once.
+
+    Plain reads at an offset, no memory map: what is read is what arrives, and nothing of it stays behind.
+    """
 
     def __init__(self, folder: Path, places: Iterable[FragmentPlace]) -> None:
         self._folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[FileIO, int, dict[str, Any]]] = {}
         self._places: dict[tuple[str, str], list[FragmentPlace]] = defaultdict(list)
         for place in places:
             self._places[place.parameter, place.key].append(place)
@@ -109,19 +120,38 @@ class Reader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._files.clear()
+        for file, _, _ in self._files.values():
+            file.close()
 
     def read_into(self, target: Tensor, name: str, key: str, start: int) -> None:
-        """Fill the 1-d `target` with elements [start, start + numel) of `key` of `name`, converted to its dtype."""
+        """Fill the 1-d `target` with elements [start, start + numel) of `key` of `name`, converted to its dtype.
+
+        Raises OSError or ValueError when a file ends too early or is no safetensors file.
+        """
         for place in self._places[name, key]:
             begin, end = max(start, place.start), min(start + target.numel(), place.start + place.numel)
             if begin < end:
-                part = self._open(place.file).get_slice(place.tensor)[begin - place.start : end - place.start]
-                target[begin - start : end - start].copy_(part)
+                part = target[begin - start : end - start]
+                dtype = _DTYPES[place.dtype]
+                direct = part.dtype == dtype and part.device.type == "cpu" and part.is_contiguous()
+                host = part if direct else torch.empty(end - begin, dtype=dtype)
+                self._read(place, begin - place.start, bytes_of(host))
+                if not direct:
+                    part.copy_(host)
 
-    def _open(self, file: str) -> Any:
+    def _read(self, place: FragmentPlace, first: int, into: memoryview) -> None:
+        """Elements from `first` on of one stored fragment."""
+        file, data, header = self._opened(place.file)
+        file.seek(data + header[place.tensor]["data_offsets"][0] + first * _DTYPES[place.dtype].itemsize)
+        if file.readinto(into) != len(into):
+            raise ValueError(f"{place.file} ends inside {place.tensor!r}")
+
+    def _opened(self, file: str) -> tuple[FileIO, int, dict[str, Any]]:
+        """The file, where its data begins, and its header."""
         if file not in self._files:
-            self._files[file] = safe_open(self._folder / file, framework="pt")
+            opened = FileIO(self._folder / file)
+            [length] = struct.unpack("<Q", opened.read(8))
+            self._files[file] = opened, 8 + length, json.loads(opened.read(length))
         return self._files[file]
 
 

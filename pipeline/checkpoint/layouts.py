@@ -1,6 +1,6 @@
 """Where each ZeRO stage and precision keeps a parameter's state, seen as flat pieces.
 
-DeepSpeed 0.19.8 has five layouts, and `pieces` gives the same view of each: for every parameter the part this rank
+DeepSpeed 0.19.8 has these layouts, and `pieces` gives the same view of each: for every parameter the part this rank
 owns, as 1-d views that can be read and written in place.
 
     plain        fp32, stage 0: the parameter is its own master, whole on every rank
@@ -9,9 +9,9 @@ owns, as 1-d views that can be read and written in place.
     partitioned  stage 3: each parameter cut evenly among the ranks, pieces gathered in sub-groups
     frozen       parameters that are not trained: whole on every rank, cut at stage 3
 
-What it gives up: it reads private attributes of DeepSpeed, each in one function of this file (or of engine.py), listed
-in `PRIVATE` and compared with the installed version by a test. fp16 needs a GPU; its layouts are those of bf16 (flat
-at every stage of 1 and 2, plus the loss scaler) and have not been run.
+An offloaded optimizer changes where the masters and its state lie (in host memory), not how they are cut. Buffers are
+whole on every rank. What it gives up: it reads private attributes of DeepSpeed, each in one function of this file (or
+of engine.py), listed in `PRIVATE` and held against the installed version by a test.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.engine import Engine
-from pipeline.optim import canonical, state_keys
+from pipeline.optim import canonical
 
 MASTER = "master"  # key of a trained parameter's fp32 weights
 VALUE = "value"  # key of what has no optimizer: frozen parameters and buffers, in their own dtype
@@ -37,9 +38,10 @@ PRIVATE = {
     "fragment address": ("start", "numel"),
     "parameter (stage 3)": ("ds_shape", "ds_numel", "ds_tensor", "ds_persist"),
     "partition (stage 3)": ("ds_numel",),
-    "optimizer (stage 0, bf16)": ("fp16_groups", "fp32_groups", "loss_scale_config"),
+    "optimizer (stage 0, bf16 and fp16)": ("fp16_groups", "fp32_groups"),
     "optimizer (stages 1, 2, BF16_Optimizer)": ("update_lp_params",),
-    "optimizer (stages 1, 2, 3)": ("loss_scaler",),
+    "optimizer (stages 1, 2, 3, BF16_Optimizer)": ("optimizer",),
+    "optimizer (fp16)": ("loss_scale",),
     "optimizer (stage 3)": (
         "fp16_groups",
         "fp32_partitioned_groups_flat",
@@ -50,7 +52,6 @@ PRIVATE = {
     ),
     "engine": ("basic_optimizer",),
 }
-LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -83,24 +84,34 @@ def aliases(engine: Engine) -> dict[str, str]:
 
 def keys(engine: Engine) -> dict[str, tuple[str, ...]]:
     """Canonical name -> keys of the state that a checkpoint of this engine holds for the parameter."""
-    trained = (MASTER, *state_keys(engine.optimizer)[0])
+    trained = (MASTER, *engine.state_keys)
     return {name: trained if p.requires_grad else (VALUE,) for name, p in _named(engine)}
+
+
+def buffers(engine: Engine) -> dict[str, Tensor]:
+    """Canonical name -> buffer that the module keeps in its `state_dict`; those of batch norm are batch_norm.py's."""
+    found = {}
+    for prefix, module in engine.module.named_modules():
+        if not isinstance(module, _BatchNorm):
+            lasting = (name for name in module._buffers if name not in module._non_persistent_buffers_set)
+            named = ((canonical(f"{prefix}.{name}".lstrip(".")), module._buffers[name]) for name in lasting)
+            found |= {name: buffer for name, buffer in named if buffer is not None and buffer.numel()}
+    return found
 
 
 def pieces(engine: Engine) -> Iterator[Piece]:
     """This rank's part of every parameter's state, in the model's order; parameters it has no part of are left out."""
-    tensors, _ = state_keys(engine.optimizer)
     masters = _unfused_masters(engine) if engine.stage == 0 and not engine.plain else {}
     for name, parameter in _named(engine):
         if not parameter.requires_grad:
             piece = _frozen(engine, name, parameter)
         elif engine.stage == 3:
-            piece = _partitioned(engine, name, parameter, tensors)
+            piece = _partitioned(engine, name, parameter)
         elif engine.stage > 0:
-            piece = _flat(engine, name, parameter, tensors)
+            piece = _flat(engine, name, parameter)
         else:
             master = masters.get(id(parameter), parameter)
-            state = {key: engine.optimizer.state[master][key].view(-1) for key in tensors}
+            state = {key: engine.optimizer.state[master][key].view(-1) for key in engine.state_keys}
             state = {MASTER: master.detach().view(-1), **state}
             piece = Piece(name, 0, (parameter.detach().view(-1),), state, replicated=True)
         if piece is not None:
@@ -125,14 +136,6 @@ def refresh_weights(engine: Engine) -> None:
                 parameter.copy_(exact)
 
 
-def loss_scaler(engine: Engine) -> Any | None:
-    """The object that holds fp16's loss scale and its counters; None in fp32 and bf16."""
-    if engine.loss_scale is None:
-        return None
-    optimizer: Any = engine.deepspeed.optimizer
-    return optimizer.loss_scale_config if engine.stage == 0 else optimizer.loss_scaler
-
-
 def _named(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for name, parameter in engine.module.named_parameters():
         if _shape(parameter).count(0) == 0:
@@ -150,7 +153,7 @@ def _unfused_masters(engine: Engine) -> dict[int, Tensor]:
     return {id(p): master for low, exact in pairs for p, master in zip(low, exact, strict=True)}
 
 
-def _flat(engine: Engine, name: str, parameter: Any, tensors: tuple[str, ...]) -> Piece | None:
+def _flat(engine: Engine, name: str, parameter: Any) -> Piece | None:
     """This rank's cut through the flattened group may begin or end inside the parameter, or miss it."""
     mapping = parameter._hp_mapping
     if mapping is None:
@@ -158,16 +161,16 @@ def _flat(engine: Engine, name: str, parameter: Any, tensors: tuple[str, ...]) -
     start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
     offset = mapping.hp_fragment_address.start
     [partition] = engine.param_groups[mapping.param_group_index]["params"]
-    state = {MASTER: partition.detach(), **{key: engine.optimizer.state[partition][key] for key in tensors}}
+    state = {MASTER: partition.detach(), **{key: engine.optimizer.state[partition][key] for key in engine.state_keys}}
     state = {key: tensor.narrow(0, offset, numel) for key, tensor in state.items()}
     return Piece(name, start, (parameter.detach().view(-1)[start : start + numel],), state, replicated=False)
 
 
-def _partitioned(engine: Engine, name: str, parameter: Any, tensors: tuple[str, ...]) -> Piece | None:
+def _partitioned(engine: Engine, name: str, parameter: Any) -> Piece | None:
     start, numel = _partition(engine, parameter)
     if numel == 0:
         return None
-    state = {key: safe_get_local_optimizer_state(parameter, key) for key in tensors}
+    state = {key: safe_get_local_optimizer_state(parameter, key) for key in engine.state_keys}
     state = {MASTER: safe_get_local_fp32_param(parameter), **state}
     views = {key: tensor.detach().narrow(0, 0, numel) for key, tensor in state.items() if tensor is not None}
     return Piece(name, start, _weights(parameter, start, numel), views, replicated=False)

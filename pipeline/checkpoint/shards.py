@@ -12,22 +12,23 @@ up: only the optimizers of optim.py; weights in low precision without fp32 maste
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.checkpoint import layouts
 from pipeline.checkpoint.fragments import Fragment, Reader, bytes_of, check_coverage
-from pipeline.checkpoint.manifest import Manifest
+from pipeline.checkpoint.manifest import FragmentPlace, Manifest
 from pipeline.engine import Engine
 from pipeline.errors import CheckpointError
-from pipeline.optim import state_keys
+from pipeline.loss_scale import LossScale
+from pipeline.optim import EMA
 from pipeline.session import World
 
 Result = TypeVar("Result")
@@ -51,9 +52,10 @@ class Snapshot:
 def capture(engine: Engine, buffers: Mapping[str, Tensor]) -> Snapshot:
     """Everything that must be kept to go on, without copying: valid until the next step. All ranks call it together.
 
-    `buffers` are tensors beside the parameters, equal on all ranks (running statistics). Raises CheckpointError when
+    `buffers` are tensors beside the module's own, equal on all ranks (running statistics). Raises CheckpointError when
     ranks that should hold the same do not, or when the weights of the forward pass are not the rounded masters.
     """
+    buffers = {**layouts.buffers(engine), **buffers}
     found = list(layouts.pieces(engine))
     agree(engine.world, _rounding_failure(found))
     shared = [Fragment(p.name, key, 0, t) for p in found if p.replicated for key, t in p.state.items()]
@@ -65,25 +67,31 @@ def capture(engine: Engine, buffers: Mapping[str, Tensor]) -> Snapshot:
     return Snapshot(own, *_expected(engine, buffers), layouts.aliases(engine), scalars)
 
 
-def restore(engine: Engine, buffers: Mapping[str, Tensor], manifest: Manifest, folder: Path) -> None:
+def restore(engine: Engine, buffers: Mapping[str, Tensor], manifest: Manifest, folder: Path) -> list[str]:
     """Write the state in `folder` into the engine and into `buffers`, in place. All ranks call it together.
 
-    Raises CheckpointError, on all ranks alike, when parameters or optimizer are not those that were saved, when an
-    element is missing or there twice, or when the weights afterwards are not the rounded masters.
+    Returns what is not as it was saved: moving averages that are begun, or dropped. Raises CheckpointError, on all
+    ranks alike, when parameters or optimizer are not those that were saved, when an element is missing or there twice,
+    or when afterwards weights are not the rounded masters, or counters or settings not those that were saved.
     """
+    buffers = {**layouts.buffers(engine), **buffers}
     parameters, keys = _expected(engine, buffers)
-    _check_same_model(manifest, parameters)
-    check_coverage(parameters, keys, manifest.fragments)
+    _check_same_model(manifest, parameters, keys)
+    notes, places, keys = _averages(manifest, keys)
+    check_coverage(parameters, keys, places)
     failure = None
     try:
-        reader = Reader(folder, manifest.fragments)
-        for piece in layouts.pieces(engine):
-            for key, tensor in piece.state.items():
-                reader.read_into(tensor, piece.name, key, piece.start)
-        for name, tensor in buffers.items():
-            reader.read_into(tensor.view(-1), name, layouts.VALUE, 0)
+        with Reader(folder, places) as reader:
+            for piece in layouts.pieces(engine):
+                for key, tensor in piece.state.items():
+                    saved = key if key in keys[piece.name] else layouts.MASTER  # averages begin at the weights
+                    reader.read_into(tensor, piece.name, saved, piece.start)
+            for name, tensor in buffers.items():
+                whole = torch.empty(tensor.numel(), dtype=tensor.dtype)
+                reader.read_into(whole, name, layouts.VALUE, 0)
+                tensor.copy_(whole.view(tensor.shape))
         _restore_scalars(engine, manifest.scalars)
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, ValueError, KeyError, struct.error) as error:
         failure = f"{folder}: {error!r}"
     agree(engine.world, failure)
     layouts.refresh_weights(engine)
@@ -91,6 +99,7 @@ def restore(engine: Engine, buffers: Mapping[str, Tensor], manifest: Manifest, f
     engine.check_hyperparameters()
     if _scalars(engine)["steps"] != manifest.scalars["steps"]:
         raise CheckpointError(f"{folder}: the optimizer's step counters are not those that were saved")
+    return notes
 
 
 def agree(world: World, failure: str | None) -> None:
@@ -120,6 +129,24 @@ def _expected(
     """Full shapes and keys of all that a checkpoint of this engine and these buffers holds."""
     shapes = layouts.parameters(engine) | {name: tuple(tensor.shape) for name, tensor in buffers.items()}
     return shapes, layouts.keys(engine) | dict.fromkeys(buffers, (layouts.VALUE,))
+
+
+def _averages(
+    manifest: Manifest, keys: dict[str, tuple[str, ...]]
+) -> tuple[list[str], list[FragmentPlace], dict[str, tuple[str, ...]]]:
+    """Moving averages that one side has and the other has not: (notes, fragments to read, keys they must cover)."""
+    saved = any(place.key == EMA for place in manifest.fragments)
+    wanted = any(EMA in every for every in keys.values())
+    if saved == wanted:
+        return [], list(manifest.fragments), keys
+    if wanted:
+        note = "ema: the checkpoint has no averages; they begin at its weights"
+        return [note], list(manifest.fragments), {name: tuple(k for k in ks if k != EMA) for name, ks in keys.items()}
+    return (
+        ["ema: the checkpoint's averages are dropped, as the configuration has none"],
+        [place for place in manifest.fragments if place.key != EMA],
+        keys,
+    )
 
 
 def _share(fragment: Fragment, rank: int, ranks: int) -> Iterator[Fragment]:
@@ -154,7 +181,7 @@ def _rounding_failure(found: list[layouts.Piece]) -> str | None:
             continue
         if master.dtype != torch.float32:
             return f"{piece.name!r} has no fp32 master (it is {master.dtype}); such runs cannot be saved"
-        if not all(torch.equal(weights, master.to(weights.dtype)) for weights in piece.weights):
+        if not all(torch.equal(weights, master.to(weights)) for weights in piece.weights):
             return (
                 f"the weights of {piece.name!r} are not its rounded masters: they were changed from outside the "
                 "optimizer, or hold NaN, or DeepSpeed keeps them elsewhere"
@@ -162,12 +189,18 @@ def _rounding_failure(found: list[layouts.Piece]) -> str | None:
     return None
 
 
-def _check_same_model(manifest: Manifest, parameters: dict[str, tuple[int, ...]]) -> None:
+def _check_same_model(
+    manifest: Manifest, parameters: dict[str, tuple[int, ...]], keys: dict[str, tuple[str, ...]]
+) -> None:
     saved = dict(manifest.parameters)
+    trained = {place.parameter for place in manifest.fragments if place.key == layouts.MASTER}
     differences = [f"{name} is new" for name in parameters if name not in saved]
     differences += [f"{name} is gone" for name in saved if name not in parameters]
     both = (name for name in parameters if name in saved and saved[name] != parameters[name])
     differences += [f"{name} was {list(saved[name])} and is {list(parameters[name])}" for name in both]
+    for name in parameters.keys() & saved.keys():
+        if (name in trained) != (layouts.MASTER in keys[name]):
+            differences.append(f"{name} was {'trained' if name in trained else 'frozen'} and no longer is")
     if differences:
         more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise CheckpointError(
@@ -181,17 +214,15 @@ def _scalars(engine: Engine) -> dict[str, Any]:
 
     Raises CheckpointError when the tensors of one group have taken different numbers of steps.
     """
-    _, numbers = state_keys(engine.optimizer)
     steps: dict[str, dict[str, float]] = {}
     for group, tensor in engine.optimizer_tensors():
-        now = {key: float(engine.optimizer.state[tensor][key]) for key in numbers}
+        now = {key: float(engine.optimizer.state[tensor][key]) for key in engine.number_keys}
         for name in group["parameters"]:
             if steps.setdefault(name, now) != now:
                 raise CheckpointError(
                     f"optimizer group {group['name']!r}: parts of it have taken different numbers of steps"
                 )
-    scaler = layouts.loss_scaler(engine)
-    scale = {key: getattr(scaler, key) for key in layouts.LOSS_SCALER if getattr(scaler, key, None) is not None}
+    scale = asdict(engine.scaler) if engine.scaler else {}
     groups = json.loads(json.dumps(engine.hyperparameters))
     return {"optimizer": type(engine.optimizer).__name__, "steps": steps, "groups": groups, "loss_scaler": scale}
 
@@ -207,7 +238,5 @@ def _restore_scalars(engine: Engine, scalars: Mapping[str, Any]) -> None:
             )
         for key, value in saved[0].items():
             engine.optimizer.state[tensor][key].fill_(value)
-    scaler = layouts.loss_scaler(engine)
-    for key, value in scalars["loss_scaler"].items():
-        if hasattr(scaler, key):
-            setattr(scaler, key, value)
+    if engine.scaler and scalars["loss_scaler"]:
+        engine.set_loss_scale(LossScale(**scalars["loss_scaler"]))
