@@ -4,8 +4,8 @@
 
 DeepSpeed shares the state among the ranks in a way of its own for each ZeRO stage and precision. Here the differences
 end: at every stage the gradient norm is known, clipping is the same, and a gradient that is not finite changes neither
-weights nor optimizer. What it gives up: in bf16 and fp16, stages 1 to 3 add micro-batch gradients up in fp32, but stage
-0, and stages 1 and 2 with the optimizer offloaded, in the low precision: DeepSpeed knows nothing else there.
+weights nor optimizer. What it gives up: in bf16 and fp16, stages 1 to 3 add micro-batch gradients up in fp32, stage 0
+in the low precision: DeepSpeed knows nothing else there.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Engine:
         self.world = world
         self.stage: int = config.zero.stage
         self.dtype = DTYPES[config.precision.dtype]
+        self.offloaded = config.zero.offload_optimizer is not None
         self.clip = config.optim.clip
         self.scaler = LossScale() if self.dtype == torch.float16 else None
         tensors, self.number_keys = optim.state_keys(self.optimizer)
@@ -130,6 +131,9 @@ class Engine:
         with nullcontext() if finite else self._optimizer_idle():
             self.deepspeed.step()
         applied = finite and self.deepspeed.was_step_applied()
+        if not applied and self.offloaded and self.stage < 3:
+            # DeepSpeed would add the next step's gradient to the one that was not finite.
+            self.deepspeed.optimizer.averaged_gradients.clear()
         if not finite:
             norm = math.inf  # as the other layouts report it
         if norm is None:
@@ -199,8 +203,6 @@ def build(config: Config, model: nn.Module, world: World) -> Engine:
     optimizer = optim.build(config.optim, groups, offloaded)
     parts = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     engine = Engine(config, world, parts[0])
-    if engine.stage > 0:
-        engine.deepspeed.optimizer.optimizer = optimizer  # for Adagrad it has made one of its own, without our groups
     for group, tensor in engine.optimizer_tensors():
         optim.allocate(engine.optimizer, group, tensor, average=config.ema is not None)
     engine.module.register_forward_pre_hook(input_cast(engine.dtype, world.device), with_kwargs=True)

@@ -48,7 +48,6 @@ OPTIMIZERS = {
     "nadam": Kind(torch.optim.NAdam, _adam, _MEANS, {"step": 0.0, "mu_product": 1.0}),
     "radam": Kind(torch.optim.RAdam, _adam, _MEANS),
     "adamax": Kind(torch.optim.Adamax, _adam, ("exp_avg", "exp_inf")),
-    "adagrad": Kind(torch.optim.Adagrad, lambda c: {"eps": c.eps}, ("sum",)),
     "adadelta": Kind(torch.optim.Adadelta, lambda c: {"rho": c.betas[1], "eps": c.eps}, ("square_avg", "acc_delta")),
     "rmsprop": Kind(
         torch.optim.RMSprop,
@@ -137,7 +136,7 @@ def freeze(model: nn.Module, config: Optim) -> None:
 
 
 def build(config: Optim, groups: list[dict[str, Any]], offloaded: bool = False) -> torch.optim.Optimizer:
-    """The torch optimizer over `groups`, at learning rate 0 until the first step sets one; without state.
+    """The torch optimizer over `groups`, at learning rate 0 until the first step sets one.
 
     Zero, because DeepSpeed takes a step of its own while it builds some layouts: at rate 0 that leaves the weights
     alone. `offloaded`: it will step in host memory, where torch's fused kernels are the fast ones too.
@@ -146,9 +145,7 @@ def build(config: Optim, groups: list[dict[str, Any]], offloaded: bool = False) 
     settings = kind.settings(config)
     if kind.fused and (offloaded or torch.cuda.is_available()):
         settings["fused"] = True
-    optimizer = kind.make(groups, lr=0.0, weight_decay=0.0, **settings)
-    optimizer.state.clear()  # Adagrad makes some at once, for tensors that DeepSpeed is about to replace
-    return optimizer
+    return kind.make(groups, lr=0.0, weight_decay=0.0, **settings)
 
 
 def state_keys(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], dict[str, float]]:

@@ -85,12 +85,13 @@ class Group(Strict):
     weight_decay: float | None = Field(default=None, ge=0, description="instead of optim.weight_decay")
 
 
-Optimizer = Literal["adamw", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "sgd"]
+Optimizer = Literal["adamw", "adam", "nadam", "radam", "adamax", "adadelta", "rmsprop", "sgd"]
 _WHOLE = "it looks at whole matrices or layers, and ZeRO gives each worker a flat slice of them"
 _NOT_ELEMENTWISE = {
     **dict.fromkeys(("adafactor", "lamb", "lars", "muon", "shampoo", "soap"), _WHOLE),
     "lbfgs": "its line search runs a step's forward pass several times",
     "sparseadam": "it takes sparse gradients, which ZeRO does not",
+    "adagrad": "DeepSpeed builds torch's anew at ZeRO 1 to 3, and its parameter groups are lost",
     "asgd": "its averages begin from the learning rate, which is set step by step here",
     "rprop": "it needs the gradient of the whole data set, and its steps begin from the learning rate",
     "lion": "torch has none, and no other has been proven here",

@@ -125,6 +125,8 @@ def step(
     engine: Engine, world: World, settings: Config, kind: str, number: int, spoil: float = 1.0
 ) -> tuple[float, Any]:
     """One optimizer step as train.py takes it: (mean loss over the ranks, StepResult). `spoil`: factor on a loss."""
+    from pipeline import ema
+
     inputs, targets, counts = batch(kind, number)
     ranks, every = world.world_size, settings.micro_batches
     first, end = world.rank * every // ranks, (world.rank + 1) * every // ranks
@@ -141,6 +143,8 @@ def step(
         engine.backward(loss * (0.0 if filler else factor / float(counts.sum())))
     rate = learning_rate(settings.optim.schedule, settings.optim.lr, number, settings.steps)
     result = engine.step(rate)
+    if result.applied:
+        ema.update(engine, settings.ema, number)
     return float(world.gather([total]).sum() / counts.sum()), result
 
 

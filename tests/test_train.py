@@ -40,6 +40,7 @@ RESNET = {
     "mixup": 0.3,
     "label_smoothing": 0.1,
 }
+AVERAGE = {"decay": 0.9}
 GPT = {
     "name": "language_modeling",
     "length": 16,
@@ -60,7 +61,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, task, data, changes in (
         ("batch-norm", RESNET, both, {"zero": {"stage": 1}}),
         ("group-norm", RESNET | {"norm": "group"}, both, {"zero": {"stage": 2}, "optim": sgd}),
-        ("ragged", gpt, {"train": str(text), "evaluate": {"test": str(text)}}, {"zero": {"stage": 3}}),
+        ("ragged", gpt, {"train": str(text), "evaluate": {"test": str(text)}}, {"zero": {"stage": 3}, "ema": AVERAGE}),
     ):
         path = folder / f"{name}.yaml"
         small_data.config(
@@ -145,6 +146,16 @@ def test_training_learns(by_workers: dict[int, dict[str, list[dict[str, Any]]]])
     for case, records in by_workers[1].items():
         losses = [record["metrics"]["train/loss"] for record in of_kind(records, "step")]
         assert math.isfinite(losses[-1]) and losses[-1] < losses[0], case
+
+
+def test_a_moving_average_is_evaluated_under_its_own_name(
+    by_workers: dict[int, dict[str, list[dict[str, Any]]]],
+) -> None:
+    """While the loss falls, the average of older weights has a higher one."""
+    [scores] = [record["metrics"] for record in of_kind(by_workers[2]["ragged"], "evaluation")]
+    assert scores["eval/test/ema/loss"] > scores["eval/test/loss"]
+    [without] = [record["metrics"] for record in of_kind(by_workers[2]["group-norm"], "evaluation")]
+    assert not [name for name in without if "ema" in name]
 
 
 def test_drawing_outside_a_micro_batch_raises() -> None:

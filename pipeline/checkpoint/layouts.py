@@ -40,7 +40,7 @@ PRIVATE = {
     "partition (stage 3)": ("ds_numel",),
     "optimizer (stage 0, bf16 and fp16)": ("fp16_groups", "fp32_groups"),
     "optimizer (stages 1, 2, BF16_Optimizer)": ("update_lp_params",),
-    "optimizer (stages 1, 2, 3, BF16_Optimizer)": ("optimizer",),
+    "optimizer (stages 1, 2, offloaded)": ("averaged_gradients",),
     "optimizer (fp16)": ("loss_scale",),
     "optimizer (stage 3)": (
         "fp16_groups",

@@ -212,16 +212,18 @@ def _check_same_model(
 def _scalars(engine: Engine) -> dict[str, Any]:
     """Numbers beside the tensors: per parameter the optimizer's counters, per group its settings, the loss scaler.
 
-    Raises CheckpointError when the tensors of one group have taken different numbers of steps.
+    Raises CheckpointError when some tensors have taken other numbers of steps than the rest.
     """
     steps: dict[str, dict[str, float]] = {}
+    counts = []
     for group, tensor in engine.optimizer_tensors():
-        now = {key: float(engine.optimizer.state[tensor][key]) for key in engine.number_keys}
-        for name in group["parameters"]:
-            if steps.setdefault(name, now) != now:
-                raise CheckpointError(
-                    f"optimizer group {group['name']!r}: parts of it have taken different numbers of steps"
-                )
+        counts.append({key: float(engine.optimizer.state[tensor][key]) for key in engine.number_keys})
+        if counts[-1] != counts[0]:
+            raise CheckpointError(
+                f"optimizer group {group['name']!r}: its parts have taken other numbers of steps than the rest "
+                f"({counts[-1]} and {counts[0]}); every step counts for all of them"
+            )
+        steps |= dict.fromkeys(group["parameters"], counts[-1])
     scale = asdict(engine.scaler) if engine.scaler else {}
     groups = json.loads(json.dumps(engine.hyperparameters))
     return {"optimizer": type(engine.optimizer).__name__, "steps": steps, "groups": groups, "loss_scaler": scale}
