@@ -193,14 +193,14 @@ def _check_same_model(
     manifest: Manifest, parameters: dict[str, tuple[int, ...]], keys: dict[str, tuple[str, ...]]
 ) -> None:
     saved = dict(manifest.parameters)
-    trained = {place.parameter for place in manifest.fragments if place.key == layouts.MASTER}
     differences = [f"{name} is new" for name in parameters if name not in saved]
     differences += [f"{name} is gone" for name in saved if name not in parameters]
     both = (name for name in parameters if name in saved and saved[name] != parameters[name])
     differences += [f"{name} was {list(saved[name])} and is {list(parameters[name])}" for name in both]
-    for name in parameters.keys() & saved.keys():
-        if (name in trained) != (layouts.MASTER in keys[name]):
-            differences.append(f"{name} was {'trained' if name in trained else 'frozen'} and no longer is")
+    was = {place.parameter: place.key for place in manifest.fragments if place.key in (layouts.MASTER, layouts.VALUE)}
+    changed = (name for name in parameters if name in was and was[name] not in keys[name])
+    word = {layouts.MASTER: "trained", layouts.VALUE: "frozen"}
+    differences += [f"{name} was {word[was[name]]} and no longer is" for name in changed]
     if differences:
         more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise CheckpointError(

@@ -128,7 +128,11 @@ def other_runs(world: World, root: Path) -> dict[str, Any]:
         facts: dict[str, Any] = {"config": settings, "resume": resume, "buffers": {}}
         said[name] = failure(lambda: checkpoint.restore(engine, world, root, **facts))  # noqa: B023
     engine.close()
-    for name, kind, optim in (("optimizer", "words", {"name": "sgd"}), ("model", "images", {})):
+    for name, kind, optim in (
+        ("optimizer", "words", {"name": "sgd"}),
+        ("model", "images", {}),
+        ("frozen", "words", {"freeze": ["up.*"]}),
+    ):
         settings, engine = begin(world, kind, 1, optim=optim)
         said[name] = failure(lambda: small_run.load(world, settings, engine, root))  # noqa: B023
         engine.close()
@@ -196,6 +200,7 @@ def test_another_run_s_checkpoint_is_refused_with_the_difference(two):
         assert "norm.running_mean is gone" in said["buffers"]
         assert "momentum_buffer of 'embed.weight'" in said["optimizer"]
         assert "conv1.weight is new" in said["model"]
+        assert "up.weight was trained and no longer is" in said["frozen"]
 
 
 def test_changed_settings_are_said_and_hold(two):
