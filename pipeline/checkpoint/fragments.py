@@ -143,8 +143,11 @@ class Reader:
         """Elements from `first` on of one stored fragment."""
         file, data, header = self._opened(place.file)
         file.seek(data + header[place.tensor]["data_offsets"][0] + first * _DTYPES[place.dtype].itemsize)
-        if file.readinto(into) != len(into):
-            raise ValueError(f"{place.file} ends inside {place.tensor!r}")
+        while into:  # one call reads 2 GiB at most
+            count = file.readinto(into)
+            if not count:
+                raise ValueError(f"{place.file} ends inside {place.tensor!r}")
+            into = into[count:]
 
     def _opened(self, file: str) -> tuple[FileIO, int, dict[str, Any]]:
         """The file, where its data begins, and its header."""
