@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import cli_export
+
 if TYPE_CHECKING:
     from pipeline.checkpoint.diff import Diff
     from pipeline.checkpoint.format import Listed
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 ROWS = 40  # of a table of differences
 
 app = typer.Typer(no_args_is_help=True)
+app.command("export", epilog="Example: millstream checkpoint export runs/digits exported/digits")(cli_export.export)
 
 
 @app.callback(epilog="Example: millstream checkpoint list runs/digits")

@@ -16,12 +16,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import optim
+from pipeline import initial, optim
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.loss_scale import LossScale
@@ -185,10 +186,11 @@ class Engine:
             del optimizer.step
 
 
-def build(config: Config, model: nn.Module, world: World) -> Engine:
+def build(config: Config, model: nn.Module, world: World, weights: initial.Weights | None = None) -> Engine:
     """DeepSpeed around `model` (fp32; rank 0's weights are those that count), its optimizer state allocated.
 
-    Raises ConfigError for settings that cannot work with this model or number of workers.
+    Parameters on the meta device are read from `weights`, one at a time, or are zeros until a restore. Raises
+    ConfigError for settings that cannot work with this model or number of workers.
     """
     settings = deepspeed_config(config, world.world_size, pinned=world.device.type == "cuda")
     init_distributed(world)
@@ -199,8 +201,12 @@ def build(config: Config, model: nn.Module, world: World) -> Engine:
     prepare(model, DTYPES[config.precision.dtype], recompute=config.activation_checkpointing)
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(elements, 500_000_000))  # the default fills 2 GB
-    groups, offloaded = optim.parameter_groups(model, config.optim), config.zero.offload_optimizer is not None
-    optimizer = optim.build(config.optim, groups, offloaded)
+    groups = optim.parameter_groups(model, config.optim)  # while parameters have the shapes of the model
+    if any(parameter.is_meta for parameter in model.parameters()):
+        dtype = DTYPES[config.precision.dtype]
+        cut = partial(deepspeed.zero.Init, config_dict_or_path=settings, dtype=dtype)
+        initial.fill(model, world, weights, cut if config.zero.stage == 3 else None, dtype)
+    optimizer = optim.build(config.optim, groups, config.zero.offload_optimizer is not None)
     parts = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     engine = Engine(config, world, parts[0])
     for group, tensor in engine.optimizer_tensors():

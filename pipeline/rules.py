@@ -199,8 +199,13 @@ def _evaluation_folders(known: Known) -> list[Problem]:
 
 
 def _task_paths(known: Known) -> list[Problem]:
-    """Whatever a task's own Config has as a path (a tokenizer, a pretrained folder) must be there."""
+    """Whatever a task's own Config has as a path (a tokenizer, a pretrained folder) must be there.
+
+    A run that has begun reads its checkpoints, and no pretrained folder any more.
+    """
     paths = {f"task.{key}": value for key, value in known["task"].items() if isinstance(value, Path)}
+    if paths.get("task.pretrained") and (known["runs"] / known["name"] / "config.yaml").is_file():
+        del paths["task.pretrained"]
     return [_missing(place, path, "check the path") for place, path in paths.items() if not path.exists()]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import xxhash
@@ -135,12 +136,15 @@ def train(config: Config, session: Session) -> str:
 
 @dataclass
 class Learner:
-    """What is trained: the task, the engine around its network, the statistics beside it, how many parameters."""
+    """What is trained: the task, the engine around its network, the statistics beside it, how many parameters, and
+    what there is to know of their first weights.
+    """
 
     task: tasks.Task
     engine: Engine
     running: RunningStatistics
     parameters: int
+    notes: list[str]
     scored_step: int | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -155,15 +159,26 @@ def setup(config: Config) -> None:
 
 def build(config: Config, session: Session, randomness: Randomness) -> Learner:
     """Task, network with weights that follow from the seed alone, engine."""
-    task: tasks.Task = tasks.find(config.task.name).Task(config.task)
+    task: Any = tasks.find(config.task.name).Task(config.task)
+    kept = kept_network(config, session)
     with randomness.draws("weights"):
-        model = task.build_model()
+        model = task.build_model(kept) if kept else task.build_model()
+    weights = getattr(task, "weights", None)
     running = RunningStatistics(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())  # ZeRO-3 leaves only shares of them
-    engine = engines.build(config, model, session.world)
+    engine = engines.build(config, model, session.world, weights)
     session.owned.callback(engine.close)
     running.to(session.world.device)
-    return Learner(task, engine, running, parameters)
+    return Learner(task, engine, running, parameters, weights.notes if weights else [])
+
+
+def kept_network(config: Config, session: Session) -> dict[str, Any] | None:
+    """What the newest checkpoint says of a network that began as a pretrained folder; None when it is to be read."""
+    if getattr(config.task, "pretrained", None) is None:
+        return None
+    listed = checkpoints.list_checkpoints(session.run / "checkpoints")
+    found = next((each.manifest.network for each in reversed(listed) if each.manifest), None)
+    return session.world.gather_objects(found)[0] or None
 
 
 def restore(
@@ -185,7 +200,7 @@ def restore(
         home=uploads.home_of(config, session.run) if data else None,
     )
     if session.world.rank == 0:
-        kind, at, notes = ("restore", restored.step, restored.notes) if restored else ("start", 0, [])
+        kind, at, notes = ("restore", restored.step, restored.notes) if restored else ("start", 0, learner.notes)
         workers = session.world.world_size
         facts = {"workers": workers, "parameters": learner.parameters, "data": str(data)}
         if data is not None:

@@ -27,6 +27,7 @@ LAYERS = [
         "session",
         "randomness",
         "batch_norm",
+        "initial",
         "prepare",
         "optim",
         "loss_scale",
@@ -41,7 +42,7 @@ LAYERS = [
     ],
     ["train"],
     ["cluster", "plan", "track.page"],
-    ["cli", "cli_data", "cli_checkpoint", "terminal", "__init__", "__main__"],
+    ["cli", "cli_data", "cli_checkpoint", "cli_export", "terminal", "__init__", "__main__"],
 ]
 FENCES = {
     "ray": ["cluster"],

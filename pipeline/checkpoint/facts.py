@@ -16,6 +16,7 @@ import torch
 
 from pipeline.checkpoint.manifest import FileDigest, FragmentPlace, Manifest
 from pipeline.engine import DEEPSPEED_VERSION, Engine
+from pipeline.models import exported
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.shards import Snapshot
@@ -45,6 +46,7 @@ def describe(
         aliases=snapshot.aliases,
         scalars=snapshot.scalars,
         config=config.model_dump(mode="json"),
+        network=exported.describe(engine.module),
         versions=_versions(),
         environment=dict(facts["environment"]),
         data=dict(facts["data"]),

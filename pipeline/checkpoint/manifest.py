@@ -55,6 +55,8 @@ class Manifest:
     """Names of tied parameters to the canonical name under which the tensor is stored."""
     scalars: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    """The network's config.json where it is one of transformers, with the name of its class in "architectures"."""
     versions: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     """Threads, processor flags and whatever else ends bitwise equality when it differs on resume."""

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pipeline.errors import ConfigError
 from pipeline.problems import nearest
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from pipeline.models.pretrained import Weights
+
 Head = Literal["image classification", "causal language modeling"]
+HEADS: tuple[Head, ...] = get_args(Head)
 
 
 def configure(
@@ -39,7 +42,7 @@ def configure(
     """
     import transformers
 
-    known_types = sorted(_model_names(head))
+    known_types = sorted(model_names(head))
     if architecture not in known_types:
         hint = nearest(architecture, known_types) or f"known: {', '.join(known_types)}"
         raise ConfigError(f"task.architecture: transformers has no {architecture!r} for {head}; {hint}")
@@ -80,9 +83,18 @@ def build(head: Head, config: PreTrainedConfig) -> nn.Module:
     import torch
 
     try:
-        return _auto_class(head).from_config(config, dtype=torch.float32)
+        return auto_class(head).from_config(config, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise ConfigError(f"task.model: {type(config).__name__} cannot be built: {error}") from error
+
+
+def empty(head: Head, config: PreTrainedConfig) -> nn.Module:
+    """A network whose parameters have shapes and no memory, and whose buffers are as they begin. Raises ConfigError."""
+    from pipeline.models import pretrained
+
+    module = _on_meta(head, config)
+    pretrained.materialize(module, ())
+    return module
 
 
 def pretrained_config(folder: Path) -> PreTrainedConfig:
@@ -90,38 +102,45 @@ def pretrained_config(folder: Path) -> PreTrainedConfig:
     import transformers
 
     if not (folder / "config.json").is_file():
+        what = "holds no config.json" if folder.is_dir() else "does not exist"
         raise ConfigError(
-            f"task.pretrained: {folder} holds no config.json; give a folder that `save_pretrained` or "
+            f"task.pretrained: {folder} {what}; give a folder that `save_pretrained` or "
             "`millstream checkpoint export` wrote (nothing is downloaded)"
         )
-    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"task.pretrained: {folder}/config.json cannot be read: {error}") from error
 
 
-def load(head: Head, folder: Path, config: PreTrainedConfig, fresh: str | None = None) -> nn.Module:
-    """The network of a pretrained folder in fp32. `fresh`: prefix of the parameters that may start anew (another head).
+def kept_config(description: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration that a checkpoint keeps of its network (exported.describe)."""
+    import transformers
 
-    Raises ConfigError when the folder lacks any other weight: a network that is silently half random trains well
-    enough to fool.
+    return transformers.AutoConfig.for_model(description["model_type"]).from_dict(dict(description))
+
+
+def load(head: Head, folder: Path, config: PreTrainedConfig, new_head: bool = False) -> tuple[nn.Module, Weights]:
+    """The network of a pretrained folder: its parameters still on the meta device, and where to read each of them.
+
+    `new_head`: the folder's head is for something else, and may start anew. Raises ConfigError (see pretrained.fit).
     """
+    from pipeline.models import pretrained
+
+    module = _on_meta(head, config)
+    return module, pretrained.fit(module, folder, new_head)
+
+
+def has_head(head: Head, config: PreTrainedConfig) -> bool:
+    """Whether a pretrained folder with this configuration says that it has this kind of head."""
+    return any(name in model_names(head).values() for name in config.architectures or ())
+
+
+def _on_meta(head: Head, config: PreTrainedConfig) -> nn.Module:
     import torch
 
-    try:
-        module, found = _auto_class(head).from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            ignore_mismatched_sizes=fresh is not None,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"task.pretrained: {folder} cannot be loaded for {head}: {error}") from error
-    lost = [*found["missing_keys"], *(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])]
-    lost = sorted(name for name in lost if not (fresh and name.startswith(fresh)) and "running_" not in name)
-    lost = [name for name in lost if not name.endswith("num_batches_tracked")]
-    if lost:
-        raise ConfigError(f"task.pretrained: {folder} has no weights for {len(lost)} parameters, such as {lost[0]}")
-    return module
+    with torch.device("meta"):
+        return build(head, config)
 
 
 def _checked(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
@@ -134,7 +153,8 @@ def _checked(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> Pr
         raise ConfigError(f"task.model: {config_class.__name__} refuses these options: {reason}") from error
 
 
-def _auto_class(head: Head) -> Any:
+def auto_class(head: Head) -> Any:
+    """The class of transformers that opens networks with this head."""
     import transformers
 
     return {
@@ -143,7 +163,8 @@ def _auto_class(head: Head) -> Any:
     }[head]
 
 
-def _model_names(head: Head) -> Mapping[str, Any]:
+def model_names(head: Head) -> Mapping[str, Any]:
+    """Model type -> name of its class with this head."""
     from transformers.models.auto import modeling_auto
 
     return {

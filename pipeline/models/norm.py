@@ -4,7 +4,6 @@ for it.
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -30,7 +29,5 @@ def _group_norm(batch_norm: _BatchNorm) -> nn.GroupNorm:
     groups = next(groups for groups in range(min(GROUPS, channels), 0, -1) if channels % groups == 0)
     group_norm = nn.GroupNorm(groups, channels, eps=batch_norm.eps, affine=batch_norm.affine)
     if batch_norm.affine:
-        with torch.no_grad():
-            group_norm.weight.copy_(batch_norm.weight)
-            group_norm.bias.copy_(batch_norm.bias)
+        group_norm.weight, group_norm.bias = batch_norm.weight, batch_norm.bias
     return group_norm

@@ -11,6 +11,11 @@ A task may also have `gather(samples) -> dict of arrays [m, ...] | None`: what s
 gives, for a whole micro batch at once, where that is faster; None when something is not the plain case, and then each
 is prepared by itself. It is asked only when nothing is drawn at random; reader.Samples says what it is given.
 
+A task that can start from a pretrained folder has `pretrained: Path | None` in its Config. Then its `build_model(kept)`
+leaves parameters on the meta device and says in `weights` (models/pretrained.py) where to read them; `kept` is what a
+checkpoint says of the network, on a resume, when the folder is not read. A task may also have `write_settings(folder)`:
+it puts what transformers wants beside an exported network, such as a tokenizer or the settings of an image processor.
+
 The micro batch is the unit: a loss is a sum over its terms, never a mean, and the loop divides by the number of terms
 of the whole step. So padding and short batches weigh exactly nothing, at any number of workers.
 """

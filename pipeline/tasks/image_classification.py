@@ -15,7 +15,8 @@ What it gives up: several labels per image, images that are not square.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,9 +31,11 @@ from pipeline.tasks import Batch, Sums
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedConfig
 
     from pipeline.data.reader import Sample
     from pipeline.data.samples import Samples
+    from pipeline.models.pretrained import Weights
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 HEAD = "image classification"
@@ -105,33 +108,47 @@ class Task:
         self._recolours = any(config.colour.model_dump().values())
         moves = config.crop or config.random_resized_crop or config.flip
         self.augments = bool(moves or self._recolours or config.erase)
+        self.weights: Weights | None = None
         self._flops: float | None = None
         self._mean_and_std: dict[Any, Any] = {}  # device -> two tensors, so that they cross to it once
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, kept: Mapping[str, Any] | None = None) -> nn.Module:
         """pixel_values [m, channels, size, size] -> `.logits` [m, classes]. Raises ConfigError."""
         from pipeline.models import architectures, norm
 
-        config = self.config
-        if config.pretrained:
-            of_folder = architectures.pretrained_config(config.pretrained)
-            known = getattr(of_folder, "num_channels", config.channels)
-            if known != config.channels:
-                raise ConfigError(
-                    f"task.channels: {config.pretrained} takes {known} channels, not {config.channels}; set {known}"
-                )
-            fresh = "classifier" if of_folder.num_labels != config.classes else None
-            if fresh:
-                of_folder.num_labels = config.classes
-            model = architectures.load(HEAD, config.pretrained, of_folder, fresh)
-        else:
-            assert config.architecture is not None  # checked by Config
-            follows = {"num_labels": config.classes, "num_channels": config.channels, "image_size": config.image_size}
-            fields = architectures.configure(HEAD, config.architecture, config.model, follows=follows)
+        fields = self._network(kept)
+        new_head = fields.num_labels != self.config.classes or not architectures.has_head(HEAD, fields)
+        if new_head:
+            fields.num_labels = self.config.classes
+        if self.config.pretrained is None:
             model = architectures.build(HEAD, fields)
-        if config.norm == "group" and not norm.group_norm_for_batch_norm(model):
+        elif kept is not None:
+            model = architectures.empty(HEAD, fields)
+        else:
+            model, self.weights = architectures.load(HEAD, self.config.pretrained, fields, new_head)
+        if self.config.norm == "group" and not norm.group_norm_for_batch_norm(model):
             raise ConfigError(f"task.norm: {type(model).__name__} has no batch norm to replace; remove the key")
         return model
+
+    def write_settings(self, folder: Path) -> None:
+        """preprocessor_config.json: images cut, resized and normalised as here, for transformers' image processor."""
+        size, channels = self.config.image_size, self.config.channels
+        mean, std = (list(given) * (channels // len(given)) for given in (self.config.mean, self.config.std))
+        settings = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": size},
+            "resample": 2,  # Pillow's bilinear, as wide as the image is shrunk
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": mean,
+            "image_std": std,
+            "do_convert_rgb": channels == 3,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         """{"image": uint8 [size, size, channels], "label": int64 []}, with a generator "colour" and "erase" as asked.
@@ -203,13 +220,31 @@ class Task:
         """Forward and backward of one image, counted once from the graph."""
         import torch
 
-        from pipeline.models import flops
+        from pipeline.models import architectures, flops
 
         if self._flops is None:
             # two images: batch norm needs company
-            shape = (2, self.config.channels, self.config.image_size, self.config.image_size)
-            self._flops = flops.count(self.build_model, lambda: {"pixel_values": torch.zeros(shape)}) / 2
+            shape, fields = (2, self.config.channels, self.config.image_size, self.config.image_size), self._network()
+            example = {"pixel_values": torch.zeros(shape)}
+            self._flops = flops.count(lambda: architectures.build(HEAD, fields), lambda: example) / 2
         return self._flops
+
+    def _network(self, kept: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+        """Its configuration in transformers: from the options, the pretrained folder, or what a checkpoint kept."""
+        from pipeline.models import architectures
+
+        config = self.config
+        if config.pretrained is None:
+            assert config.architecture is not None  # checked by Config
+            follows = {"num_labels": config.classes, "num_channels": config.channels, "image_size": config.image_size}
+            return architectures.configure(HEAD, config.architecture, config.model, follows=follows)
+        fields = architectures.kept_config(kept) if kept else architectures.pretrained_config(config.pretrained)
+        known = getattr(fields, "num_channels", config.channels)
+        if known != config.channels:
+            raise ConfigError(
+                f"task.channels: {config.pretrained} takes {known} channels, not {config.channels}; set {known}"
+            )
+        return fields
 
     def _normalised(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """[m, C, H, W] in the network's type, recoloured and erased as the batch says; channels last in memory."""

@@ -13,7 +13,8 @@ row's targets).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.reader import Sample
     from pipeline.data.samples import Samples
+    from pipeline.models.pretrained import Weights
 
 IGNORED = -100  # what torch's cross-entropy leaves out by default
 HEAD = "causal language modeling"
@@ -74,22 +76,37 @@ class Task:
                 f"task.length: rows beside {config.tokenizer} were packed with length {packed}, not {config.length}; "
                 f"set task.length to {packed}, or pack again"
             )
+        self.weights: Weights | None = None
         self._flops: float | None = None
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, kept: Mapping[str, Any] | None = None) -> nn.Module:
         """input_ids [m, length] -> `.logits` [m, length, vocabulary]. Raises ConfigError."""
         from pipeline.models import architectures
 
-        if self.config.pretrained:
-            config = architectures.pretrained_config(self.config.pretrained)
-            self._check_sizes(config, f"task.pretrained: {self.config.pretrained}")
-            model = architectures.load(HEAD, self.config.pretrained, config)
-        else:
-            config = self._fresh_config()
-            self._check_sizes(config, "task.model:")
+        config = self._network(kept)
+        if self.config.pretrained is None:
             model = architectures.build(HEAD, config)
-        model.config.use_cache = False  # type: ignore[union-attr]
+        elif kept is not None:
+            model = architectures.empty(HEAD, config)
+        else:
+            model, self.weights = architectures.load(HEAD, self.config.pretrained, config)
         return model
+
+    def write_settings(self, folder: Path) -> None:
+        """The tokenizer's files, for transformers; as they were, where it came from a folder of transformers."""
+        from transformers import PreTrainedTokenizerFast
+
+        file = self.config.tokenizer
+        if (file.parent / "tokenizer_config.json").is_file():
+            for path in (file, *sorted(file.parent.glob("*token*.*"))):
+                shutil.copyfile(path, folder / path.name)
+            return
+        end = self.vocabulary.end_of_text
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), model_max_length=self.config.length)
+        if end is not None:
+            token = tokenizer.convert_ids_to_tokens(end)
+            tokenizer.add_special_tokens({"bos_token": token, "eos_token": token, "pad_token": token})
+        tokenizer.save_pretrained(folder)
 
     def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         """{"tokens": int64 [length], "labels": int64 [length], "bytes": int64 []}; short rows end in ignored labels.
@@ -145,12 +162,27 @@ class Task:
         """Forward and backward of one row, counted once from the graph."""
         import torch
 
-        from pipeline.models import flops
+        from pipeline.models import architectures, flops
 
         if self._flops is None:
-            shape = (1, self.config.length)
-            self._flops = flops.count(self.build_model, lambda: {"input_ids": torch.zeros(shape, dtype=torch.long)})
+            config, shape = self._network(), (1, self.config.length)
+            example = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+            self._flops = flops.count(lambda: architectures.build(HEAD, config), lambda: example)
         return self._flops
+
+    def _network(self, kept: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+        """Its configuration in transformers: from the options, the pretrained folder, or what a checkpoint kept."""
+        from pipeline.models import architectures
+
+        folder = self.config.pretrained
+        if folder is None:
+            config, place = self._fresh_config(), "task.model:"
+        else:
+            config = architectures.kept_config(kept) if kept else architectures.pretrained_config(folder)
+            place = f"task.pretrained: {folder}"
+        self._check_sizes(config, place)
+        config.use_cache = False
+        return config
 
     def _fresh_config(self) -> PreTrainedConfig:
         """Options as given; else no dropout, sizes and token ids of these rows, and what the architecture has."""

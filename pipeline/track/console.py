@@ -67,6 +67,8 @@ class Console:
             case "start":
                 window = f"shuffled in windows of {record['window_bytes'] / 1e6:,.1f} MB per worker"
                 self.say(f"training from step 0: {record['parameters']:,} parameters; {record['data']}, {window}")
+                for note in record["notes"]:
+                    self.say(note)
             case "restore":
                 self.say(f"going on from step {record['step']}" + "".join(f"; {note}" for note in record["notes"]))
             case "step":

@@ -1,0 +1,87 @@
+"""What transformers expects in a folder that `from_pretrained` opens: which tensors under which names, and settings.
+
+    description (kept in a checkpoint) -> rebuild: the network without its weights -> stored: names in the folder
+                                                                                   -> write_settings: config.json
+
+A description is the network's config.json. The names are those that transformers' own `save_pretrained` would give:
+tied weights once, and for some architectures other names than in the module. What it gives up: where `save_pretrained`
+would also split tensors (the experts of a mixture), they stay as the module has them; transformers opens both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.models import architectures
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The config.json of a network of transformers; {} of any other module."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_json_string") or not hasattr(module, "all_tied_weights_keys"):
+        return {}
+    return json.loads(config.to_json_string(use_diff=False)) | {"architectures": [type(module).__name__]}
+
+
+def rebuild(description: Mapping[str, Any]) -> nn.Module:
+    """The network that was described: parameters on the meta device, buffers as they are before training.
+
+    Raises ValueError when the installed transformers has no such class or it refuses the description.
+    """
+    import torch
+    import transformers
+
+    from pipeline.models import pretrained
+
+    [name] = description["architectures"]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise ValueError(f"transformers {transformers.__version__} has no {name}")
+    config = architectures.kept_config(description)
+    with torch.device("meta"):
+        module = cls._from_config(config, dtype=torch.float32)
+    pretrained.materialize(module, ())
+    return module
+
+
+def stored(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Name in the folder -> (name in the module, tensor), each tensor once, in the module's order."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied, ignored = module.all_tied_weights_keys, module._keys_to_ignore_on_save or ()
+    chosen: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name not in ignored and (id(tensor) not in chosen or chosen[id(tensor)][0] in tied):  # type: ignore[operator]
+            chosen[id(tensor)] = name, tensor
+    own = dict(chosen.values())
+    renamed = {id(tensor): name for name, tensor in revert_weight_conversion(module, dict(own)).items()}  # type: ignore[arg-type]
+    return {renamed.get(id(tensor), name): (name, tensor) for name, tensor in own.items()}
+
+
+def write_settings(module: nn.Module, folder: Path, dtype: str) -> None:
+    """config.json, and generation_config.json where the network can generate."""
+    from transformers import GenerationConfig
+
+    config: Any = module.config
+    config.dtype = dtype
+    if hasattr(config, "use_cache"):
+        config.use_cache = True  # training has no use for it; generating text has
+    config.architectures = [type(module).__name__]
+    config.save_pretrained(folder)
+    if module.can_generate():  # type: ignore[operator]
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def opener(module: nn.Module) -> str:
+    """The class of transformers to open the folder with."""
+    name = type(module).__name__
+    for head in architectures.HEADS:
+        if name in architectures.model_names(head).values():
+            return architectures.auto_class(head).__name__
+    return name
