@@ -131,7 +131,7 @@ def _write_tensors(path: Path, manifest: Manifest, plan: Plan, staging: Path, pr
             outputs[file].flush()
         for output in plan.outputs:
             if output.constant is not None:
-                _place(outputs[output.file], bytes_of(output.constant), output.begin)
+                _place(outputs[output.file], bytes_of(output.constant.view(-1)), output.begin)
         pool = stack.enter_context(ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)))
         stack.callback(stop.set)  # before the pool waits for its threads
         jobs = [
