@@ -49,23 +49,30 @@ def fill(
     `weights`: read on rank 0 alone; None: zeros, as a checkpoint is going to be read into them. `partition` takes a
     module and cuts its parameters, of `dtype`, among the ranks, one after the other (stage 3); None: they stay whole.
     """
-    filled = _filled(model, world, weights, torch.float32 if partition is None else dtype)
     if partition is None:
-        for _ in filled:
+        for _ in _filled(model, world, weights, torch.float32, None):
             pass
         return
+    largest = max(parameter.numel() for parameter in model.parameters() if parameter.is_meta)
+    # one piece of memory for all: the allocator could not give back the holes between the shares
+    filled = _filled(model, world, weights, dtype, torch.empty(largest))
     partition(OneByOne(filled))
     for module in model.modules():  # a module that is cut already is not moved by DeepSpeed
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(world.device)
 
 
-def _filled(model: nn.Module, world: World, weights: Weights | None, dtype: torch.dtype) -> Iterator[nn.Parameter]:
+def _filled(
+    model: nn.Module, world: World, weights: Weights | None, dtype: torch.dtype, scratch: Tensor | None
+) -> Iterator[nn.Parameter]:
+    """Every parameter once it has its weights; in `scratch`, where that is given, until the next one is asked for."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            memory = torch.zeros if weights is None else torch.empty
-            real = memory(parameter.shape, dtype=torch.float32)
-            if weights is not None and world.rank == 0:
+            memory = torch.empty(parameter.numel()) if scratch is None else scratch[: parameter.numel()]
+            real = memory.view(parameter.shape)
+            if weights is None:
+                real.zero_()
+            elif world.rank == 0:
                 weights.read_into(name, real)
             # the optimizer's groups and tied modules keep the object; only what is in it changes
             torch.utils.swap_tensors(parameter, nn.Parameter(real, parameter.requires_grad))

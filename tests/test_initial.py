@@ -112,6 +112,7 @@ def on_four(world: World, root: Path, paths: dict[str, Path]) -> dict[str, Any]:
     found["tuned"] = train(world, paths["tuned"], root / "tuned")
     world.barrier()
     if world.rank == 0:
+        shutil.copy(paths["tuned"], root / "tuned" / "config.yaml")  # as the driver does
         shutil.move(root / "exported", root / "moved")
     world.barrier()
     found["on"] = train(world, paths["on"], root / "tuned")
@@ -133,13 +134,18 @@ def found(root: Path, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
     llama(root / "wide", WIDE)
     pictures = small_data.images(root / "pictures")
     adapted = VIT | {"architecture": None, "model": {}, "pretrained": str(root / "exported"), "classes": 7}
-    (root / "exported").mkdir()  # a configuration is checked before the folder is made
     paths = {}
     for name, task, steps in (("first", VIT, 2), ("tuned", adapted, 2), ("on", adapted, 4)):
         paths[name] = small_data.config(
-            root / f"{name}.yaml", task, pictures, name="tuned", runs=str(root), steps=steps, zero={"stage": 3}
+            root / f"{name}.yaml",
+            task,
+            pictures,
+            name="tuned",
+            runs=str(root),
+            steps=steps,
+            zero={"stage": 3},
+            optim={"name": "adamw", "lr": 1e-3, "schedule": {"warmup": 1}},
         )
-    (root / "exported").rmdir()
     return gloo.run(on_four, 4, root, paths, timeout=300)
 
 
