@@ -159,7 +159,7 @@ def setup(config: Config) -> None:
 
 def build(config: Config, session: Session, randomness: Randomness) -> Learner:
     """Task, network with weights that follow from the seed alone, engine."""
-    task: Any = tasks.find(config.task.name).Task(config.task)
+    task: tasks.Task = tasks.find(config.task.name).Task(config.task)
     kept = kept_network(config, session)
     with randomness.draws("weights"):
         model = task.build_model(kept) if kept else task.build_model()

@@ -11,10 +11,10 @@ A task may also have `gather(samples) -> dict of arrays [m, ...] | None`: what s
 gives, for a whole micro batch at once, where that is faster; None when something is not the plain case, and then each
 is prepared by itself. It is asked only when nothing is drawn at random; reader.Samples says what it is given.
 
-A task that can start from a pretrained folder has `pretrained: Path | None` in its Config. Then its `build_model(kept)`
-leaves parameters on the meta device and says in `weights` (models/pretrained.py) where to read them; `kept` is what a
-checkpoint says of the network, on a resume, when the folder is not read. A task may also have `write_settings(folder)`:
-it puts what transformers wants beside an exported network, such as a tokenizer or the settings of an image processor.
+A task that can start from a pretrained folder has `pretrained: Path | None` in its Config. Then `build_model` leaves
+parameters on the meta device, and `weights` (models/pretrained.py) says where to read them. On a resume the folder is
+not read: `kept` is then what the checkpoint says of the network. Other tasks need not take it. A task may also have
+`write_settings(folder)`: it puts what transformers wants beside an exported network, such as a tokenizer.
 
 The micro batch is the unit: a loss is a sum over its terms, never a mean, and the loop divides by the number of terms
 of the whole step. So padding and short batches weigh exactly nothing, at any number of workers.
@@ -49,8 +49,8 @@ class Task(Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
-    def build_model(self) -> nn.Module:
-        """The network in fp32; its weights follow from torch's generator alone."""
+    def build_model(self, kept: Mapping[str, Any] | None = None) -> nn.Module:
+        """The network in fp32; its weights follow from torch's generator alone. `kept`: see above."""
         ...
 
     def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -225,8 +226,8 @@ class Task:
         if self._flops is None:
             # two images: batch norm needs company
             shape, fields = (2, self.config.channels, self.config.image_size, self.config.image_size), self._network()
-            example = {"pixel_values": torch.zeros(shape)}
-            self._flops = flops.count(lambda: architectures.build(HEAD, fields), lambda: example) / 2
+            build = partial(architectures.build, HEAD, fields)
+            self._flops = flops.count(build, lambda: {"pixel_values": torch.zeros(shape)}) / 2
         return self._flops
 
     def _network(self, kept: Mapping[str, Any] | None = None) -> PreTrainedConfig:

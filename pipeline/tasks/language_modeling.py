@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,8 +167,8 @@ class Task:
 
         if self._flops is None:
             config, shape = self._network(), (1, self.config.length)
-            example = {"input_ids": torch.zeros(shape, dtype=torch.long)}
-            self._flops = flops.count(lambda: architectures.build(HEAD, config), lambda: example)
+            build = partial(architectures.build, HEAD, config)
+            self._flops = flops.count(build, lambda: {"input_ids": torch.zeros(shape, dtype=torch.long)})
         return self._flops
 
     def _network(self, kept: Mapping[str, Any] | None = None) -> PreTrainedConfig:

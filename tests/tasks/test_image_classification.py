@@ -16,9 +16,11 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
+from pipeline import initial
 from pipeline.data import augment, index
 from pipeline.data.reader import Sample, open_dataset
 from pipeline.errors import ConfigError, DataError
+from pipeline.session import World
 from pipeline.tasks import Batch
 from pipeline.tasks.image_classification import Config, Task
 from tests import small_data
@@ -32,8 +34,11 @@ def task_of(**changes: Any) -> Task:
 
 
 def built(task: Task, seed: int = 0) -> nn.Module:
+    """With its first weights, as one rank has them."""
     torch.manual_seed(seed)
-    return task.build_model()
+    model = task.build_model()
+    initial.fill(model, World(0, 1, 0, torch.device("cpu"), None), task.weights, None, torch.float32)  # type: ignore[arg-type]
+    return model
 
 
 def made_up(m: int = 8, size: int = 12, channels: int = 1, classes: int = 4) -> Batch:
@@ -229,32 +234,6 @@ def test_options_that_transformers_does_not_know_are_refused(changes: dict[str, 
 def test_a_section_that_cannot_be_is_refused_without_torch(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         task_of(**changes)
-
-
-def test_a_pretrained_folder_gives_its_weights_and_a_new_head_for_other_classes(tmp_path: Path) -> None:
-    task, pixels = task_of(), made_up()["image"].permute(0, 3, 1, 2).float()
-    model = built(task).eval()
-    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
-    loaded = built(task_of(architecture=None, model={}, pretrained=tmp_path / "saved"), seed=9).eval()
-    assert torch.equal(loaded(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
-
-    seven = built(task_of(architecture=None, model={}, pretrained=tmp_path / "saved", classes=7))
-    assert seven.classifier[1].weight.shape[0] == 7  # type: ignore[index]
-    name = "resnet.embedder.embedder.convolution.weight"
-    assert torch.equal(seven.state_dict()[name], model.state_dict()[name])
-
-    with pytest.raises(ConfigError, match="takes 1 channels, not 3"):
-        task_of(architecture=None, model={}, pretrained=tmp_path / "saved", channels=3).build_model()
-    with pytest.raises(ConfigError, match=r"holds no config.json"):
-        task_of(architecture=None, model={}, pretrained=tmp_path / "nowhere").build_model()
-
-
-def test_a_pretrained_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    deeper = built(task_of(model=TINY | {"depths": [1, 2]}))
-    built(task_of()).save_pretrained(tmp_path / "saved")  # type: ignore[operator]
-    deeper.config.save_pretrained(tmp_path / "saved")  # type: ignore[union-attr, operator]
-    with pytest.raises(ConfigError, match=r"no weights for \d+ parameters, such as resnet.encoder.stages.1.layers.1"):
-        task_of(architecture=None, model={}, pretrained=tmp_path / "saved").build_model()
 
 
 def test_flops_are_those_of_the_layers() -> None:

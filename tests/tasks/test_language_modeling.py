@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
+from pipeline import initial
 from pipeline.data import index
 from pipeline.data.reader import Sample, open_dataset
 from pipeline.data.samples import Lookup, Samples
@@ -23,6 +24,7 @@ from pipeline.data.text import Text, pack_text
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.data.writer import Packing
 from pipeline.errors import ConfigError, DataError
+from pipeline.session import World
 from pipeline.tasks import Batch
 from pipeline.tasks.language_modeling import IGNORED, Config, Task
 
@@ -49,8 +51,11 @@ def task_of(folder: Path, **changes: Any) -> Task:
 
 
 def built(task: Task, seed: int = 0) -> nn.Module:
+    """With its first weights, as one rank has them."""
     torch.manual_seed(seed)
-    return task.build_model()
+    model = task.build_model()
+    initial.fill(model, World(0, 1, 0, torch.device("cpu"), None), task.weights, None, torch.float32)  # type: ignore[arg-type]
+    return model
 
 
 def batch_of(task: Task, folder: Path, numbers: list[int] | None = None) -> Batch:
@@ -166,7 +171,7 @@ def test_sizes_and_tokens_of_the_network_follow_from_the_text(text: Path) -> Non
         ({"architecture": "lama"}, "did you mean llama"),
         ({"architecture": "resnet"}, "has no 'resnet' for causal language modeling"),
         ({"length": 8}, "packed with length 16, not 8"),
-        ({"architecture": None, "model": {}, "pretrained": "nowhere"}, "holds no config.json"),
+        ({"architecture": None, "model": {}, "pretrained": "nowhere"}, "nowhere does not exist"),
     ],
 )
 def test_networks_that_do_not_fit_the_text_are_refused(text: Path, changes: dict[str, Any], words: str) -> None:
