@@ -19,6 +19,7 @@ from pipeline import config as configs
 from pipeline.checkpoint.export import export
 from pipeline.session import World
 from tests import gloo, small_data, small_run
+from tests.checkpoint.small_export import VIT
 from tests.small_session import of_kind, records_of
 
 CAUSAL = "causal language modeling"
@@ -31,20 +32,6 @@ WIDE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 NARROW = WIDE | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-VIT = {
-    "name": "image_classification",
-    "classes": 4,
-    "channels": 1,
-    "image_size": 12,
-    "architecture": "vit",
-    "model": {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "patch_size": 4,
-    },
-}
 
 
 def llama(folder: Path, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -52,7 +39,8 @@ def llama(folder: Path, options: dict[str, Any], dtype: torch.dtype = torch.floa
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
-    module = LlamaForCausalLM(LlamaConfig(**options)).to(dtype)
+    module: Any = LlamaForCausalLM(LlamaConfig(**options))
+    module.to(dtype)
     module.save_pretrained(folder, max_shard_size="40MB")
     return {name: parameter.detach().float() for name, parameter in module.named_parameters()}
 

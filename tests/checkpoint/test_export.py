@@ -6,13 +6,13 @@ by four ranks, in one start. What they saved is read here without Millstream's o
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,112 +20,19 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipeline import config as configs
 from pipeline import tasks
-from pipeline.checkpoint import format, fragments
 from pipeline.checkpoint.export import Exported, export
-from pipeline.checkpoint.format import list_checkpoints
-from pipeline.checkpoint.fragments import Fragment
-from pipeline.checkpoint.manifest import Manifest
-from pipeline.config import Config
 from pipeline.data import augment
 from pipeline.errors import CheckpointError
-from pipeline.session import World
-from tests import gloo, small_data
-from tests.small_session import records_of
-
-IMAGES: dict[str, Any] = {"name": "image_classification", "classes": 4, "channels": 1, "image_size": 12}
-CONVNET = IMAGES | {
-    "architecture": "resnet",
-    "model": {"embedding_size": 6, "hidden_sizes": [6, 8], "depths": [1, 1], "layer_type": "basic"},
-    "mean": [0.4],
-    "std": [0.3],
-}
-VIT = IMAGES | {
-    "architecture": "vit",
-    "model": {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "patch_size": 4,
-    },
-}
-LLAMA: dict[str, Any] = {
-    "name": "language_modeling",
-    "length": 16,
-    "architecture": "llama",
-    "model": {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "tie_word_embeddings": True,
-    },
-}
-CASES = ("convnet", "vit", "llama")
-
-
-class Saved(NamedTuple):
-    """A run and what its checkpoint holds."""
-
-    run: Path
-    config: Config
-    path: Path
-    manifest: Manifest
-    state: dict[tuple[str, str], Tensor]
-    """(parameter, key) -> whole tensor, put together from the fragments."""
-
-    def master(self, name: str) -> Tensor:
-        source = self.manifest.aliases.get(name, name)
-        return self.state.get((source, "master"), self.state.get((source, "value")))  # type: ignore[return-value, arg-type]
-
-
-def train_all(world: World, paths: dict[str, Path], runs: Path) -> None:
-    for name, path in paths.items():
-        records_of(world, configs.load(path), runs / name)
-
-
-def read(run: Path, config: Config) -> Saved:
-    path = list_checkpoints(run / "checkpoints")[-1].path
-    manifest = Manifest.from_bytes((path / "manifest.json").read_bytes())
-    files = {name: load_file(path / name) for name in manifest.files}
-    state: dict[tuple[str, str], Tensor] = {}
-    for place in manifest.fragments:
-        tensor = files[place.file][place.tensor]
-        whole = state.setdefault(
-            (place.parameter, place.key), torch.empty(manifest.parameters[place.parameter], dtype=tensor.dtype)
-        )
-        whole.view(-1)[place.start : place.start + place.numel] = tensor
-    return Saved(run, config, path, manifest, state)
+from tests.checkpoint.small_export import CASES, Saved, train_cases, written_anew
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
-    folder = tmp_path_factory.mktemp("export")
-    pictures, text = small_data.images(folder / "pictures"), small_data.rows(folder / "text")
-    paths = {}
-    for name, task, data in (
-        ("convnet", CONVNET, pictures),
-        ("vit", VIT, pictures),
-        ("llama", LLAMA | {"tokenizer": str(text / "tokenizer.json")}, text),
-    ):
-        precision = {"dtype": "bf16"} if name == "vit" else {}
-        extra = {"stage3_param_persistence_threshold": 40, "sub_group_size": 900}
-        paths[name] = small_data.config(
-            folder / f"{name}.yaml",
-            task,
-            data,
-            name=name,
-            steps=2,
-            zero={"stage": 3, "extra": extra},
-            precision=precision,
-            optim={"name": "adamw", "lr": 0.01, "schedule": {"warmup": 1}},
-        )
-    gloo.run(train_all, 4, paths, folder / "runs", timeout=240)
-    return {name: read(folder / "runs" / name, configs.load(path)) for name, path in paths.items()}
+    return train_cases(tmp_path_factory.mktemp("export"))
 
 
 def opened(done: Exported) -> Any:
@@ -166,20 +73,6 @@ def test_opened_tensors_and_outputs_are_those_of_the_rounded_masters(
         assert torch.equal(logits, own(**example(name, kind)).logits) and logits.isfinite().all()
 
 
-def written_anew(one: Saved, root: Path, state: dict[tuple[str, str], Tensor], **changes: Any) -> Path:
-    """A checkpoint like that of `one` with another state, by one rank; `changes` to its manifest."""
-    staging = format.stage(root, 2, 1)
-    held = [Fragment(name, key, 0, tensor.reshape(-1)) for (name, key), tensor in state.items()]
-    digest = format.write(staging / "rank-00000.safetensors", fragments.file_chunks(held))
-    manifest = dataclasses.replace(
-        one.manifest,
-        fragments=tuple(each.place("rank-00000.safetensors") for each in held),
-        files={"rank-00000.safetensors": digest},
-        **changes,
-    )
-    return format.commit(root, staging, manifest, newest_attempt=1)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_files_are_those_that_save_pretrained_would_write(saved: dict[str, Saved], tmp_path: Path, name: str) -> None:
     """The same names, each tensor once, in files as small as asked; nothing else than what is needed beside them."""
@@ -206,8 +99,6 @@ def test_files_are_those_that_save_pretrained_would_write(saved: dict[str, Saved
 
 
 def test_the_page_says_where_it_is_from(saved: dict[str, Saved], tmp_path: Path) -> None:
-    import hashlib
-
     one = saved["vit"]
     page = (export(one.path, tmp_path / "out", dtype="bfloat16").folder / "README.md").read_text()
     assert hashlib.sha256((one.path / "manifest.json").read_bytes()).hexdigest() in page
@@ -226,8 +117,6 @@ def test_input_is_prepared_as_in_training(saved: dict[str, Saved], tmp_path: Pat
 
 
 def test_text_is_taken_apart_as_in_training(saved: dict[str, Saved], tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
     one = saved["llama"]
     done = export(one.run, tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(done.folder)

@@ -85,5 +85,7 @@ def test_a_pretrained_folder_that_lacks_weights_is_refused(tmp_path: Path) -> No
     deeper = built(task_of(model=TINY | {"depths": [1, 2]}))
     built(task_of()).save_pretrained(tmp_path / "saved")  # type: ignore[operator]
     deeper.config.save_pretrained(tmp_path / "saved")  # type: ignore[union-attr, operator]
-    with pytest.raises(ConfigError, match=r"no weights for \d+ parameters of \w+, such as resnet.encoder.stages.1.layers.1"):
+    with pytest.raises(
+        ConfigError, match=r"no weights for \d+ parameters of \w+, such as resnet.encoder.stages.1.layers.1"
+    ):
         task_of(architecture=None, model={}, pretrained=tmp_path / "saved").build_model()
