@@ -90,6 +90,7 @@ def test_the_commands_are_these() -> None:
         "data verify",
         "evaluate",
         "train",
+        "verify-resume",
     ]
 
 

@@ -39,10 +39,11 @@ LAYERS = [
         "checkpoint",
         "track",
         "run",
+        "same_run",
     ],
     ["train"],
-    ["cluster", "plan", "track.page"],
-    ["cli", "cli_data", "cli_checkpoint", "cli_export", "terminal", "__init__", "__main__"],
+    ["cluster", "plan", "track.page", "verify_resume"],
+    ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_resume", "terminal", "__init__", "__main__"],
 ]
 FENCES = {
     "ray": ["cluster"],

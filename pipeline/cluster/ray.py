@@ -31,7 +31,7 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
 
     Raises RunError when the cluster cannot be reached.
     """
-    _sweep_scratch()
+    sweep_scratch()
     scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
     # No report to anyone; Ray Train's second version; and the future default of a third, or Ray warns at every start.
     settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -171,7 +171,7 @@ def _worker(work: dict[str, Any]) -> None:
     )
 
 
-def _sweep_scratch() -> None:
+def sweep_scratch() -> None:
     """Remove what drivers left that were killed: their folders carry their process id."""
     for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
         owner = left.name.removeprefix(SCRATCH).split("-")[0]
