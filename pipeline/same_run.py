@@ -49,13 +49,12 @@ class Check(NamedTuple):
 
 def compared(whole: Run, resumed: Run, step: int, total: int) -> list[Check]:
     """All checks of `resumed`, which went on from its checkpoint of `step`, beside `whole`; both of `total` steps."""
-    a, b = (_last(run) for run in (whole, resumed))
+    a, b = _last(whole), _last(resumed)
     same = a[1].world_size == b[1].world_size
-    lines = [_steps(run) for run in (whole, resumed)]
-    checks = [*_state(a, b, same), *_columns(*lines, total), _losses(*lines, step, total, same, a[1].dtype)]
-    early = [check for check in checks[2:] if not check.equal and _first_difference(*lines) < step]
-    if same and early:
-        at = _first_difference(*lines)
+    left, right = _steps(whole), _steps(resumed)
+    checks = [*_state(a, b, same), *_columns(left, right, total), _losses(left, right, step, total, same, a[1].dtype)]
+    at = _first_difference(left, right)
+    if same and at < step:
         hint = f"; apart since step {at}, before the kill: something follows a clock or a counter, not step and seed"
         checks[-1] = checks[-1]._replace(said=checks[-1].said + hint)
     return checks

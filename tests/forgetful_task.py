@@ -18,6 +18,8 @@ class Config(poisoned_task.Config):
 
 
 class Task(poisoned_task.Task):
+    config: Config
+
     def loss(self, model: Any, batch: Any) -> Any:
         global CALLS
         CALLS += 1
