@@ -29,6 +29,7 @@ import cases
 import checks
 import report
 import workers
+from gpu_check import difference
 
 if TYPE_CHECKING:
     from pipeline.session import World
@@ -126,7 +127,7 @@ def judge(row: Row, workers: int, whole: checks.Trained, went: checks.Trained, t
     for step in steps:
         if went.steps[step][1:] != whole.steps[step][1:]:
             raise ArithmeticError(f"{where}: step {step} has other samples or another learning rate")
-    gaps = [abs(went.steps[k].loss - whole.steps[k].loss) / abs(whole.steps[k].loss) for k in steps]
+    gaps = [difference(went.steps[k], whole.steps[k]) for k in steps]
     same = workers == row.workers
     if same and (max(gaps) > 0 or tensor):
         raise ArithmeticError(f"{where}: not bitwise: losses differ by {max(gaps):.1e}, {tensor or 'no tensor'}")

@@ -54,7 +54,7 @@ def test_a_sampled_row_of_the_matrix(tmp_path: Path) -> None:
     ("workers", "change", "why"),
     [
         (3, {"loss": 2.1}, "losses differ by 5.0e-02"),
-        (3, {"loss": math.nan}, "losses differ by nan"),
+        (3, {"loss": math.nan}, "losses differ by inf"),
         (3, {"samples": 8}, "step 20 has other samples"),
         (3, {"rate": 0.2}, "another learning rate"),
         (2, {"loss": 2.0 + 1e-15}, "not bitwise: losses"),
