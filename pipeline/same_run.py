@@ -1,6 +1,6 @@
 """Whether a run that was resumed is the run that was not: weights, optimizer, samples, learning rate, losses.
 
-    last checkpoints (checkpoint/compare.py), journals -> one `Check` each: kept or not, how far apart, where
+    last checkpoints (checkpoint/diff.py), journals -> one `Check` each: kept or not, how far apart, where
 
 Promised is, at the same number of workers, equality to the bit in all of it. At another number samples and learning
 rate are equal, and losses are as near as sums that are rounded in another order: of the 20 steps after the change the
@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.checkpoint.diff import Diff, Fact, TensorDifference, diff
 from pipeline.errors import RunError
 from pipeline.run import Run
 from pipeline.track import journal
 
 if TYPE_CHECKING:
-    from pipeline.checkpoint.compare import Difference
+    from pipeline.checkpoint.manifest import Manifest
 
 FIRST, LATER, LOW_PRECISION = 1e-6, 1e-3, 1e-2
 JUDGED_STEPS = 20  # after the change of workers
@@ -52,7 +53,11 @@ def compared(whole: Run, resumed: Run, step: int, total: int) -> list[Check]:
     a, b = _last(whole), _last(resumed)
     same = a[1].world_size == b[1].world_size
     left, right = _steps(whole), _steps(resumed)
-    checks = [*_state(a, b, same), *_columns(left, right, total), _losses(left, right, step, total, same, a[1].dtype)]
+    found = diff(a[0], b[0], (a[1], b[1]))
+    samples, rates = _columns(left, right, total)
+    if place := next((fact for fact in found.state if fact.name.startswith("data.")), None):
+        samples = Check("samples", False, False, f"{place.name}: {_short(place.a)} became {_short(place.b)}")
+    checks = [*_state(found, a[1], same), samples, rates, _losses(left, right, step, total, same, a[1].dtype)]
     at = _first_difference(left, right)
     if same and at < step:
         hint = f"; apart since step {at}, before the kill: something follows a clock or a counter, not step and seed"
@@ -60,7 +65,7 @@ def compared(whole: Run, resumed: Run, step: int, total: int) -> list[Check]:
     return checks
 
 
-def _last(run: Run) -> tuple[Path, Any]:
+def _last(run: Run) -> tuple[Path, Manifest]:
     """(folder, manifest) of a run's last checkpoint."""
     listed = run.checkpoints()[-1]
     if listed.manifest is None:
@@ -80,32 +85,39 @@ def _steps(run: Run) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _state(a: tuple[Path, Any], b: tuple[Path, Any], same: bool) -> list[Check]:
-    from pipeline.checkpoint.compare import compare  # torch
-
-    groups: dict[bool, list[Difference]] = {True: [], False: []}
-    for found in compare(a[0], b[0]):
-        groups[found.key in WEIGHTS].append(found)
-    weights = _tensors("weights", groups[True], same)
-    optimizer = _tensors("optimizer state", groups[False], same)
-    if a[1].scalars != b[1].scalars:  # step counters, settings of the groups, loss scale
-        wrong = next(key for key in a[1].scalars | b[1].scalars if a[1].scalars.get(key) != b[1].scalars.get(key))
-        said = f"{wrong} differ: {_short(a[1].scalars.get(wrong))} and {_short(b[1].scalars.get(wrong))}"
-        optimizer = optimizer._replace(kept=False, equal=False, said=f"{optimizer.said}; {said}", where=wrong)
-    return [weights, optimizer]
+def _state(found: Diff, manifest: Manifest, same: bool) -> list[Check]:
+    """Weights and optimizer state."""
+    stored = {(place.parameter, place.key) for place in manifest.fragments}
+    checks = []
+    for what, of_weights in (("weights", True), ("optimizer state", False)):
+        facts = [fact for fact in found.state if _of_weights(fact) is of_weights]
+        apart = [each for each in found.tensors if (each.key in WEIGHTS) is of_weights]
+        checks.append(_tensors(what, facts, apart, sum((key in WEIGHTS) is of_weights for _, key in stored), same))
+    return checks
 
 
-def _tensors(what: str, found: Sequence[Difference], same: bool) -> Check:
-    apart = [each for each in found if not each.equal]
+def _of_weights(fact: Fact) -> bool | None:
+    """Whether it is about weights or about the optimizer; None: neither."""
+    kind = fact.name.partition(".")[0]
+    if kind in ("shape", "tied"):
+        return True
+    if kind == "scalars":  # step counters, settings of the groups, loss scale
+        return False
+    key, of, _ = fact.name.partition(" of ")
+    return key in WEIGHTS if of else None
+
+
+def _tensors(what: str, facts: Sequence[Fact], apart: Sequence[TensorDifference], total: int, same: bool) -> Check:
+    if facts:
+        name, one, other = facts[0]
+        said = f"{name}: {_short(one)} became {_short(other)}"
+        return Check(what, False, False, said, math.inf, math.inf, name)
     if not apart:
-        return Check(what, True, True, f"bit-equal, {len(found)} tensors")
-    worst = max(apart, key=lambda each: each.relative)
-    where = f"{worst.key} of {worst.name}"
-    if worst.missing:
-        return Check(what, False, False, f"{where} {worst.missing}", math.inf, math.inf, where)
-    said = f"{len(apart)} of {len(found)} tensors differ, by up to {worst.absolute:.1e} ({worst.relative:.1e} relative)"
-    kept = not same and math.isfinite(worst.relative)
-    return Check(what, kept, False, f"{said} in {where}", worst.absolute, worst.relative, where)
+        return Check(what, True, True, f"bit-equal, {total} tensors")
+    worst = max(apart, key=lambda each: each.largest)
+    relative, where = max(each.relative for each in apart), f"{worst.key} of {worst.parameter}"
+    said = f"{len(apart)} of {total} tensors differ, by up to {worst.largest:.1e} ({where}), relatively {relative:.1e}"
+    return Check(what, not same and math.isfinite(worst.largest), False, said, worst.largest, relative, where)
 
 
 def _columns(whole: dict[int, dict[str, Any]], resumed: dict[int, dict[str, Any]], total: int) -> list[Check]:
