@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.verify_resume import Report
 
 EXAMPLE = "Example: millstream verify-resume configs/digits.yaml cluster.workers=2 --steps 20 --more 20"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def verify_resume(
@@ -41,17 +43,24 @@ def verify_resume(
         raise RunError(f"{report} cannot be written: there is no folder {report.parent}; make it first")
     from pipeline.verify_resume import planned, verify
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # asked to end, it clears away what it began
-        signal.signal(number, signal.default_int_handler)
+    for number in STOPS:
+        signal.signal(number, _stop)
     with planned(checked, steps, more, workers, keep) as plan:
+        if keep:
+            terminal.say(f"the runs stay in {plan.folder}")
         with terminal.progress() as progress:
             found = verify(plan, terminal.say, progress)
         if report:
             report.write_text(json.dumps(found.to_json(), indent=2) + "\n")
         show(found)
-        if keep:
-            terminal.say(f"the runs are in {plan.folder}")
     raise typer.Exit(0 if found.passed else 1)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Asked to end, it clears away what it began; asked again meanwhile, it does not leave that half done."""
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def show(report: Report) -> None:

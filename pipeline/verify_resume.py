@@ -8,7 +8,8 @@
 Each is `millstream train` in a process of its own, with the user's configuration and data, below a folder that is
 removed at the end. Evaluation and tracking are off, checkpoints stay local, and the schedule of the learning rate is
 shortened to N + M steps. What is compared, and what counts as kept, is said in same_run.py. What it gives up: on a
-cluster that was running before, workers cannot be killed from here, so it is refused.
+cluster that was running before, workers cannot be killed from here, so it is refused. Without /proc a stop ends the
+run's own process only.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def verify(plan: Plan, say: Callable[[str], None], progress: Progress) -> Report
 
 def train(config: Config, plan: Plan, name: str, progress: Progress, kills: str = "") -> int:
     """`millstream train` with `config`, until it ends; its exit code. However this is left, nothing of it stays."""
-    path, log = plan.folder / f"{name}.yaml", plan.folder / f"{name}.log"
+    path, log, run = plan.folder / f"{name}.yaml", plan.folder / f"{name}.log", Run(_folder(config))
     path.write_text(configs.dump(config))
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -199,7 +200,6 @@ def train(config: Config, plan: Plan, name: str, progress: Progress, kills: str 
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a session of its own, by which all its processes can be found
         )
-    run = Run(_folder(config))
     try:
         while process.poll() is None:
             taken = [record["step"] + 1 for record in run.records() if record["kind"] == "step"]
@@ -287,7 +287,7 @@ def _session(number: int) -> list[int]:
 def _tail(plan: Plan, name: str) -> str:
     """The end of a run's output, below a colon."""
     lines = (plan.folder / f"{name}.log").read_text(errors="replace").splitlines()
-    return "".join(f"\n  {line}" for line in [":", *lines[-TAIL_LINES:]]).removeprefix("\n  ")
+    return ":" + "".join(f"\n  {line}" for line in lines[-TAIL_LINES:])
 
 
 def _count(workers: int) -> str:
