@@ -70,6 +70,8 @@ def blocking(by_stage: dict[int, Rounds]) -> str:
         share, told = ratio(rounds, "blocked", "deepspeed")
         rows = [
             ("ours, behind the training: waits", "blocked", "bytes", told, verdict(share <= BLOCKING, "<= 0.10")),
+            ("  of it: to compare what ranks and precisions must share", "capture", "bytes", "", ""),
+            ("  of it: to copy the state within memory", "copy", "bytes", "", ""),
             ("ours, behind the training: until it is there", "behind", "bytes", "", ""),
             ("ours, waiting for it", "synchronous", "bytes", "", ""),
             ("DeepSpeed save_checkpoint", "deepspeed", "deepspeed bytes", "", ""),
