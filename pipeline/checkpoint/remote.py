@@ -214,7 +214,7 @@ class Remote:
             if isinstance(error, PermissionError) or "redential" in type(error).__name__ + said:
                 said = f"access refused ({said}): check this store's credentials in the environment, and its rights"
             elif isinstance(error, ConnectionError | TimeoutError) or "onnect" in type(error).__name__ + said:
-                said = f"cannot be reached ({said})"
+                said = f"cannot be reached ({said}): check the network and this store's endpoint"
             raise CheckpointError(f"{self.url}: {said}") from error
 
     # --- every change in the store is one of these ---

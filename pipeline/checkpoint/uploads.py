@@ -149,10 +149,11 @@ class Uploader:
         left = self._outbox.waiting() if self._done < self._asked else []
         if left:
             folder, url = self._outbox.folder, self._outbox.home.url
-            steps = f"the checkpoint{'s' * (len(left) > 1)} of step {', '.join(map(str, left))}"
+            many = "s" * (len(left) > 1)
+            steps = f"checkpoint{many} of step{many} {', '.join(map(str, left))}"
             why = f" (last failure: {self._failure})" if self._failure else f", after {seconds:g} s"
             message = f"{steps} not at {url} yet{why}; whole in {folder}"
-            mend = f"send with: millstream checkpoint upload {folder.parent}"
+            mend = f"Send with: millstream checkpoint upload {folder.parent}"
             self._record("upload_pending", steps=left, message=f"{message}. {mend}")
         return left
 

@@ -236,8 +236,14 @@ def run_folder(config: Config, fresh: bool) -> Path:
     def named(number: int) -> Path:
         return runs / (config.name if number == 1 else f"{config.name}-{number}")
 
-    while (home := home_of(config, named(newest + 1))) and home.steps():  # it lives in its second home and not here
-        newest += 1
+    try:
+        while (home := home_of(config, named(newest + 1))) and home.steps():  # it lives in its second home, not here
+            newest += 1
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\nWhether the run lives there cannot be told, and it is not in {runs}. Mend that, or go on "
+            "without the second home: checkpoint.url=null"
+        ) from error
     return named(newest + 1 if fresh else max(newest, 1))
 
 

@@ -76,14 +76,18 @@ def test_a_store_that_refuses_costs_no_step_and_what_waits_is_named(
     changes = [f"checkpoint.url=s3://{BUCKET}/x", "checkpoint.upload_wait_seconds=1", "checkpoint.keep=1"]
     store.start()
     try:
+        store.refuse(True)
+        with pytest.raises(CheckpointError, match=r"access refused(.|\n)*not in .*/runs\. (.|\n)*checkpoint\.url=null"):
+            train(toy, *changes)
+        store.refuse(False)
         assert train(toy, *changes) == driver.DONE
         store.refuse(True)
         capsys.readouterr()
         assert train(toy, *changes, "steps=10") == driver.DONE
         said = capsys.readouterr().out
         assert "access refused" in said and said.count("not sent: ") == 1 and "Training goes on." in said
-        assert "the checkpoint of step 10 not at s3://shelf/x/toy yet (last failure: " in said
-        assert f"send with: millstream checkpoint upload {toy.parent}/runs/toy" in said
+        assert "checkpoint of step 10 not at s3://shelf/x/toy yet (last failure: " in said
+        assert f"Send with: millstream checkpoint upload {toy.parent}/runs/toy" in said
         store.refuse(False)
         assert Remote(f"s3://{BUCKET}/x", "toy").steps() == [6]
         assert train(toy, *changes, "steps=12") == driver.DONE
