@@ -98,28 +98,28 @@ def peak_bytes() -> int:
 
 
 def measured(what: str, source: Path, folder: Path, dtype: str, shard_bytes: int) -> dict[str, float]:
-    """Of one export in this process: seconds, peak memory, size of the largest file."""
+    """Of one export in this process: seconds, those of the processor, peak memory, size of the largest file."""
     import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
+    assert GenerationConfig and LlamaForCausalLM  # imported now, for both alike, and not while the clock runs
     if what == "millstream":
         from pipeline.checkpoint.export import export
 
-        began = time.perf_counter()
+        began, processor = time.perf_counter(), time.process_time()
         export(source, folder, dtype=dtype, shard_bytes=shard_bytes)  # type: ignore[arg-type]
     else:
-        from transformers import AutoModelForCausalLM
-
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # in memory, as after training, not a map of the file
-        began = time.perf_counter()
+        began, processor = time.perf_counter(), time.process_time()
         model.save_pretrained(folder, max_shard_size=shard_bytes)
         for file in folder.iterdir():  # Millstream waits for the disk too
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-    seconds = time.perf_counter() - began
+    seconds, processor = time.perf_counter() - began, time.process_time() - processor
     largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"seconds": seconds, "peak": peak_bytes(), "largest": largest}
+    return {"seconds": seconds, "processor": processor, "peak": peak_bytes(), "largest": largest}
 
 
 def in_process(*arguments: Any) -> dict[str, float]:
@@ -143,9 +143,16 @@ def rows_of(work: Path, checkpoint: Path, plan: argparse.Namespace) -> list[list
                     found.append(in_process(what, source, work / "out", dtype, shard_mb * 1_000_000))
                     shutil.rmtree(work / "out")
                 seconds, peak = min(each["seconds"] for each in found), max(each["peak"] for each in found)
+                processor = min(each["processor"] for each in found)
                 bound = 1.2 * found[0]["largest"] + 200e6
                 verdict = f"{'met' if peak <= bound else 'MISSED'} ({bound / 1e6:,.0f})" if what == "millstream" else ""
-                cells = [f"{found[0]['largest'] / 1e6:,.0f}", f"{peak / 1e6:,.0f}", verdict, f"{seconds:.2f}"]
+                cells = [
+                    f"{found[0]['largest'] / 1e6:,.0f}",
+                    f"{peak / 1e6:,.0f}",
+                    verdict,
+                    f"{seconds:.2f}",
+                    f"{processor:.2f}",
+                ]
                 rows.append([what, dtype, *cells])
     return rows
 
@@ -168,7 +175,7 @@ def main() -> int:
         checkpoint, size = write_checkpoint(Path(folder) / "checkpoints", plan.size)
         read = sum(file.stat().st_size for file in checkpoint.iterdir())
         rows = rows_of(Path(folder), checkpoint, plan)
-    header = ["what", "dtype", "largest file, MB", "peak memory, MB", "bound, MB", "seconds"]
+    header = ["what", "dtype", "largest file, MB", "peak memory, MB", "bound, MB", "seconds", "CPU seconds"]
     body = report.table(header, rows)
     print(body)
     if plan.save:

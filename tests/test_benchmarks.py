@@ -36,6 +36,14 @@ def cells(lines: list[str]) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
 
 
+def test_exports_stand_beside_save_pretrained(tmp_path: Path) -> None:
+    rows = cells(script("export.py", "--size toy --repeats 1 --shard-mb 1", tmp_path))
+    assert [row[:2] for row in rows] == [
+        [what, dtype] for dtype in ("float32", "bfloat16") for what in ("millstream", "save_pretrained")
+    ]
+    assert all(float(row[3].replace(",", "")) > 100 and row[4].startswith("MISSED") for row in rows[::2])  # toy files
+
+
 def test_three_loops_take_turns(tmp_path: Path) -> None:
     rows = cells(script("step.py", "--size toy --case language --starts 1 --rounds 2 --steps 2 --warmup 1", tmp_path))
     assert [row[:2] for row in rows] == [["language", loop] for loop in ("millstream", "bare", "trainer")]

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import typer
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipeline import tasks
+from pipeline import cli_export, tasks
 from pipeline.checkpoint.export import Exported, export
 from pipeline.data import augment
 from pipeline.errors import CheckpointError
@@ -212,3 +213,12 @@ def test_the_command_says_how_to_open_it(saved: dict[str, Saved], tmp_path: Path
     assert there.stdout == "['LlamaForCausalLM']\n"
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "is there already" in again.stderr
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    assert [cli_export.size(text) for text in ("5GB", "1.5 MB", "2GiB", "700", "3kb")] == [
+        5 * 10**9, 1_500_000, 2 * 1024**3, 700, 3000,
+    ]  # fmt: skip
+    for text in ("", "big", "0GB", "-5GB", "5 G B"):
+        with pytest.raises(typer.BadParameter, match="is no size"):
+            cli_export.size(text)

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers import AutoTokenizer
 
 from pipeline import initial
 from pipeline.data import index
@@ -214,6 +215,22 @@ def test_a_pretrained_folder_gives_its_weights(text: Path, tmp_path: Path) -> No
     model.config.save_pretrained(tmp_path / "other")  # type: ignore[union-attr, operator]
     with pytest.raises(ConfigError, match="no weights for"):
         task_of(text, architecture=None, model={}, pretrained=tmp_path / "other").build_model()
+
+
+def test_a_tokenizer_of_transformers_is_written_as_it_was(text: Path, tmp_path: Path) -> None:
+    task_of(text).write_settings(_made(tmp_path / "own"))
+    again = task_of(text, tokenizer=tmp_path / "own" / "tokenizer.json")
+    (tmp_path / "own" / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    again.write_settings(_made(tmp_path / "copied"))
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "copied").iterdir()} == kept
+    opened = AutoTokenizer.from_pretrained(tmp_path / "copied")
+    assert opened.eos_token_id == task_of(text).vocabulary.end_of_text and opened.model_max_length == LENGTH
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_a_tokenizer_that_is_not_byte_level_has_no_bits_per_byte(text: Path, tmp_path: Path) -> None:
