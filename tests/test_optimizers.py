@@ -21,6 +21,7 @@ from tests import gloo, small_run
 NAMES: tuple[str, ...] = get_args(Optimizer)
 RATES = {"adadelta": 1.0, "sgd": 5e-2, "rmsprop": 1e-3}
 SAVED_AT, END, SAVED_STAGE = 4, 10, 2
+OFFLOADED = [("adamw", 1), ("adamw", 2), ("adamw", 3), ("sgd", 2)]
 SMALL_PARTS = {"sub_group_size": 300, "stage3_param_persistence_threshold": 40}
 
 
@@ -46,9 +47,7 @@ def on_two(world: World, root: Path) -> dict[str, Any]:
         assert small_run.load(world, settings, engine, root / name) is not None
         found[f"{name} again"] = small_run.curve(engine, world, settings, "words", SAVED_AT, END)
         engine.close()
-    for name in ("adamw", "sgd"):
-        found |= {f"{name} {stage} offloaded": offloaded(world, name, stage) for stage in (1, 2, 3)}
-    return found
+    return found | {f"{name} {stage} offloaded": offloaded(world, name, stage) for name, stage in OFFLOADED}
 
 
 def offloaded(world: World, name: str, stage: int) -> dict[str, Any]:
@@ -113,8 +112,7 @@ def test_its_state_goes_on_to_the_bit_and_elsewhere_to_rounding(
     assert largest(three[name], went_on) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize(("name", "stage"), OFFLOADED)
 def test_offloaded_it_has_the_curve_of_stage_0_too(two: dict[str, Any], name: str, stage: int) -> None:
     """That what it saves is read elsewhere, and the other way round, is in checkpoint/test_layouts.py."""
     found = two[f"{name} {stage} offloaded"]

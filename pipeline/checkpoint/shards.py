@@ -3,8 +3,8 @@
     engine -> capture -> Snapshot (views) -> fragments.file_chunks -> rank-00000.safetensors, one file per rank
     files -> fragments.Reader -> restore -> masters and optimizer tensors -> low-precision weights -> checks
 
-A fragment is elements [start, start + numel) of one flattened parameter's `master`, `exp_avg`, ... Because names and
-offsets say nothing of ranks, a load at another world size or stage reads the slices it needs; nothing is converted.
+A fragment is elements [start, start + numel) of one flattened parameter's `master`, `exp_avg`, `ema`, ... Because names
+and offsets say nothing of ranks, a load at another world size or stage reads the slices it needs; nothing is converted.
 State that every rank holds whole is compared by digest first, and each rank writes an equal slice of it. What it gives
 up: only the optimizers of optim.py; weights in low precision without fp32 masters do not occur and are refused.
 """
