@@ -53,8 +53,6 @@ def test_a_sampled_row_of_the_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("workers", "change", "why"),
     [
-        (3, {"loss": 2.1}, "losses differ by 5.0e-02"),
-        (3, {"loss": math.nan}, "losses differ by inf"),
         (3, {"samples": 8}, "step 20 has other samples"),
         (3, {"rate": 0.2}, "another learning rate"),
         (2, {"loss": 2.0 + 1e-15}, "not bitwise: losses"),
@@ -74,3 +72,8 @@ def test_a_cell_that_is_otherwise_fails(load: Any, workers: int, change: dict[st
         matrix.judge(row, workers, whole, wrong, tensor)
     with pytest.raises(ArithmeticError, match="went on with steps"):
         matrix.judge(row, workers, whole, whole, None)
+    for loss, relative in ((2.1, pytest.approx(0.05)), (math.nan, math.inf)):
+        beyond = whole._replace(steps=later | {20: later[20]._replace(loss=loss)})
+        assert matrix.judge(row, 3, whole, beyond, None) == (relative, False)
+    assert not matrix.as_promised({(row, 3): matrix.Cell(1e-5, False)})
+    assert matrix.as_promised({(row, 3): matrix.Cell(1e-7, True), (row, 2): matrix.Cell(0.0, True)})
