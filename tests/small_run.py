@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.engine import Engine
 
 ROWS, MICRO, LENGTH, WORDS, WIDTH, CLASSES = 8, 2, 6, 23, 12, 5
+ELEMENTS = {"shift": WIDTH, "place": LENGTH * WIDTH, "embed.weight": WORDS * WIDTH}  # a buffer, a frozen, a tied one
 STEPS = 40
 DATA = {"identity": "d1", "fingerprint": {"lanes": 4}}
 

@@ -187,7 +187,13 @@ def unread_writes(engine: Any) -> list[str]:
 
 def loaded(world: World, settings: Any, engine: Any, root: Path, saved: dict[str, torch.Tensor]) -> list[str]:
     """States that are not bit for bit what another layout has saved (frozen ones: to their rounding)."""
-    assert small_run.load(world, settings, engine, root) is not None
+    engine.module.shift.zero_()
+    restored = small_run.load(world, settings, engine, root)
+    assert restored is not None and torch.equal(engine.module.shift, small_run.model("words").get_buffer("shift"))
+    table = [(place.parameter, place.key, place.numel) for place in restored.manifest.fragments]
+    for name, key in (("shift", "value"), ("place", "value"), ("embed.weight", "master")):  # each element once
+        assert sum(row[2] for row in table if row[:2] == (name, key)) == small_run.ELEMENTS[name]
+    assert not [row for row in table if row[0] == "head.weight"]  # tied: stored under its other name
     now = small_run.whole(world, engine)
     assert now.keys() == saved.keys()
     return [place for place in now if not torch.equal(now[place], saved[place].to(now[place].dtype))]
