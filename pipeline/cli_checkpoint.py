@@ -25,11 +25,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback(epilog="Example: millstream checkpoint list runs/digits")
 def checkpoints() -> None:
-<<<<<<< HEAD
-    """List, verify, compare, send and delete the checkpoints of a run."""
-=======
-    """List, verify and export the checkpoints of a run."""
->>>>>>> 33e9923 (List the export among the commands)
+    """List, verify, compare, export, send and delete the checkpoints of a run."""
 
 
 @app.command("list", epilog="Example: millstream checkpoint list runs/digits")
@@ -69,7 +65,6 @@ def verify_checkpoints(run: Annotated[Path, typer.Argument(metavar="RUN", help="
     terminal.say(f"all good: {checked}, every byte as written" if found else "none yet", "bold")
 
 
-<<<<<<< HEAD
 @app.command("prune", epilog="Example: millstream checkpoint prune runs/digits --keep 1 --dry-run")
 def prune(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
@@ -230,6 +225,6 @@ def _checkpoint(path: Path) -> Path:
     if not found:
         raise CheckpointError(f"{path} has no checkpoint yet")
     return found[-1].path
-=======
+
+
 app.command("export", epilog="Example: millstream checkpoint export runs/digits exported/digits")(cli_export.export)
->>>>>>> 33e9923 (List the export among the commands)

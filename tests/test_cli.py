@@ -77,11 +77,8 @@ def test_the_commands_are_these() -> None:
     assert sorted(" ".join(words) for words in commands()) == [
         "",
         "checkpoint",
-<<<<<<< HEAD
         "checkpoint diff",
-=======
         "checkpoint export",
->>>>>>> 33e9923 (List the export among the commands)
         "checkpoint list",
         "checkpoint prune",
         "checkpoint upload",
