@@ -41,6 +41,7 @@ LAYERS = [
         "run",
         "same_run",
     ],
+    ["learner"],
     ["train"],
     ["cluster", "plan", "track.page", "verify_resume"],
     ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_resume", "terminal", "__init__", "__main__"],

@@ -62,8 +62,10 @@ def save(
 
     newest = attempt if newest_attempt is None else newest_attempt
     saver = Saver(engine, world, folder, config, attempt=attempt, newest_attempt=lambda: newest, copies=False)
-    saved = saver.begin(step, data=data, buffers=buffers, metrics=metrics) or saver.finish()
-    saver.close()
+    try:
+        saved = saver.begin(step, data=data, buffers=buffers, metrics=metrics) or saver.finish()
+    finally:
+        saver.close()
     assert saved is not None
     if saved.path is None:
         raise CheckpointError(saved.failure or "")

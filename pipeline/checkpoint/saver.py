@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from pipeline.checkpoint import facts, format, fragments, shards
 from pipeline.checkpoint.format import FileDigest
-from pipeline.checkpoint.fragments import Fragment
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import CheckpointError
@@ -121,14 +121,17 @@ class Saver:
             waited = time.perf_counter() - began
             return Saved(step, None, str(error), waited, waited, total)
         if self._copies:
-            snapshot = replace(snapshot, fragments=self._copied(snapshot.fragments))
+            snapshot = self._copied(snapshot)
         self._flight = _Flight(step, staging, noted, snapshot, began, total)
-        self._job = self._thread.submit(self._write, staging, snapshot.fragments)
+        self._job = self._thread.submit(self._write, staging, snapshot)
         self._flight.blocked_seconds = time.perf_counter() - began
         return None
 
     def advance(self) -> Saved | None:
-        """The next collective part, once all ranks are `ready`; how the save ended, when that was the last."""
+        """The next collective part, once all ranks are `ready`; how the save ended, when that was the last.
+
+        Raises CheckpointError when the weights of the forward pass are not the rounded masters.
+        """
         flight = self._flight
         assert flight is not None
         began = time.perf_counter()
@@ -158,39 +161,47 @@ class Saver:
         """End the thread; what is in flight is left to the sweep of the next save."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _write(self, staging: Path, held: list[Fragment]) -> FileDigest:
+    def _write(self, staging: Path, snapshot: shards.Snapshot) -> FileDigest:
+        shards.check_rounding(snapshot)
         self._before()
-        return format.write(staging / self._file, fragments.file_chunks(held))
+        return format.write(staging / self._file, fragments.file_chunks(snapshot.fragments))
 
     @property
     def _file(self) -> str:
         return f"rank-{self._world.rank:05d}.safetensors"
 
-    def _copied(self, held: list[Fragment]) -> list[Fragment]:
-        """The same fragments in host memory of our own, which is used again the next time; pinned for a GPU."""
-        places, end = [], 0
-        for fragment in held:
-            places.append(end)
-            end += -(-fragment.tensor.nbytes // ALIGNED) * ALIGNED
-        if self._host is None or self._host.numel() < end:
-            self._host = torch.empty(end, dtype=torch.uint8, pin_memory=self._engine.device.type == "cuda")
+    def _copied(self, snapshot: shards.Snapshot) -> shards.Snapshot:
+        """The same in host memory of our own, which is used again the next time; pinned for a GPU."""
+        tensors = [each.tensor for each in snapshot.fragments] + [each.weights for each in snapshot.rounded]
+        ends = list(accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors))
+        if self._host is None or self._host.numel() < ends[-1]:
+            self._host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=self._engine.device.type == "cuda")
         copies = []
-        for fragment, at in zip(held, places):
-            copy = self._host[at : at + fragment.tensor.nbytes].view(fragment.tensor.dtype)
-            copies.append(fragment._replace(tensor=copy.copy_(fragment.tensor, non_blocking=True)))
+        for tensor, at in zip(tensors, [0, *ends]):
+            copy = self._host[at : at + tensor.nbytes].view(tensor.dtype)
+            copies.append(copy.copy_(tensor, non_blocking=True))
         if self._engine.device.type == "cuda":
             torch.cuda.current_stream(self._engine.device).synchronize()
-        return copies
+        held, rest = copies[: len(snapshot.fragments)], copies[len(snapshot.fragments) :]
+        return replace(
+            snapshot,
+            fragments=[each._replace(tensor=copy) for each, copy in zip(snapshot.fragments, held)],
+            rounded=[each._replace(weights=copy) for each, copy in zip(snapshot.rounded, rest)],
+        )
 
     def _seal(self, flight: _Flight) -> tuple[Path | None, str | None, list[Path]] | None:
         """All files are written, or one failed: digests to all ranks, and the commit to rank 0's thread."""
         assert self._job is not None
-        digest, failure = None, _failure(self._job)
+        digest, failure, unfit = None, _failure(self._job), isinstance(self._job.exception(), shards.UnfitState)
         if failure is None:
             digest = self._job.result()
         places = [fragment.place(self._file) for fragment in flight.snapshot.fragments]
-        written = self._world.gather_objects((self._file, digest, places, failure))
-        failures = [f"rank {rank}: {text}" for rank, (*_, text) in enumerate(written) if text]
+        written = self._world.gather_objects((self._file, digest, places, failure, unfit))
+        failures = [f"rank {rank}: {text}" for rank, (*_, text, _) in enumerate(written) if text]
+        if any(unfit for *_, unfit in written):
+            if self._world.rank == 0:
+                format.discard(flight.staging)
+            raise CheckpointError("; ".join(failures))
         if failures:
             return None, "; ".join(failures), []
         flight.committing, self._job = True, None

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -34,11 +34,22 @@ from pipeline.session import World
 Result = TypeVar("Result")
 
 
+class Rounded(NamedTuple):
+    """Weights that the forward pass reads and that must be the rounded master: fragment number `master`, 1-d."""
+
+    master: int
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's fragments, and what is the same on all ranks: full shapes, keys, other names, numbers."""
+    """This rank's fragments, and what is the same on all ranks: full shapes, keys, other names, numbers.
+
+    rounded: what `check_rounding` compares, in a thread if these are copies.
+    """
 
     fragments: list[Fragment]
+    rounded: list[Rounded]
     parameters: dict[str, tuple[int, ...]]
     keys: dict[str, tuple[str, ...]]
     aliases: dict[str, str]
@@ -53,18 +64,39 @@ def capture(engine: Engine, buffers: Mapping[str, Tensor]) -> Snapshot:
     """Everything that must be kept to go on, without copying: valid until the next step. All ranks call it together.
 
     `buffers` are tensors beside the module's own, equal on all ranks (running statistics). Raises CheckpointError when
-    ranks that should hold the same do not, or when the weights of the forward pass are not the rounded masters.
+    ranks that should hold the same do not. Whether the weights of the forward pass are the rounded masters is left to
+    `check_rounding`.
     """
     buffers = {**layouts.buffers(engine), **buffers}
     found = list(layouts.pieces(engine))
-    agree(engine.world, _rounding_failure(found))
-    shared = [Fragment(p.name, key, 0, t) for p in found if p.replicated for key, t in p.state.items()]
-    shared += [Fragment(name, layouts.VALUE, 0, tensor.detach().reshape(-1)) for name, tensor in buffers.items()]
+    agree(engine.world, next(filter(None, map(_without_master, found)), None))
+    whole = [(p, Fragment(p.name, key, p.start, t)) for p in found for key, t in p.state.items()]
+    flat = ((name, tensor.detach().reshape(-1)) for name, tensor in buffers.items())
+    whole += [(layouts.Piece(name, 0, (), {}, True), Fragment(name, layouts.VALUE, 0, t)) for name, t in flat]
     scalars = _scalars(engine)
-    _check_replicas(engine, shared, scalars)
-    own = [Fragment(p.name, key, p.start, t) for p in found if not p.replicated for key, t in p.state.items()]
-    own += [share for fragment in shared for share in _share(fragment, engine.world.rank, engine.world.world_size)]
-    return Snapshot(own, *_expected(engine, buffers), layouts.aliases(engine), scalars)
+    _check_replicas(engine, [fragment for piece, fragment in whole if piece.replicated], scalars)
+    fragments, rounded = [], []
+    for piece, fragment in whole:
+        begin, end = _share(fragment.numel, engine.world) if piece.replicated else (0, fragment.numel)
+        if begin < end:
+            if fragment.key == layouts.MASTER:
+                rounded += [Rounded(len(fragments), weights[begin:end]) for weights in piece.weights]
+            tensor = fragment.tensor[begin:end]
+            fragments.append(Fragment(fragment.name, fragment.key, fragment.start + begin, tensor))
+    rounded = [each for each in rounded if each.weights.data_ptr() != fragments[each.master].tensor.data_ptr()]
+    return Snapshot(fragments, rounded, *_expected(engine, buffers), layouts.aliases(engine), scalars)
+
+
+def check_rounding(snapshot: Snapshot) -> None:
+    """Raises UnfitState when what the forward pass reads is not the rounded masters of the snapshot."""
+    for number, weights in snapshot.rounded:
+        master = snapshot.fragments[number]
+        if not torch.equal(weights, master.tensor.to(weights)):
+            raise UnfitState(_not_rounded(master.name))
+
+
+class UnfitState(CheckpointError):
+    """The state itself is wrong, not the writing of it; training on would lose more than a checkpoint."""
 
 
 def restore(engine: Engine, buffers: Mapping[str, Tensor], manifest: Manifest, folder: Path) -> list[str]:
@@ -149,11 +181,9 @@ def _averages(
     )
 
 
-def _share(fragment: Fragment, rank: int, ranks: int) -> Iterator[Fragment]:
+def _share(numel: int, world: World) -> tuple[int, int]:
     """This rank's equal part of what all ranks hold."""
-    begin, end = fragment.numel * rank // ranks, fragment.numel * (rank + 1) // ranks
-    if begin < end:
-        yield Fragment(fragment.name, fragment.key, begin, fragment.tensor[begin:end])
+    return numel * world.rank // world.world_size, numel * (world.rank + 1) // world.world_size
 
 
 def _check_replicas(engine: Engine, shared: list[Fragment], scalars: dict[str, Any]) -> None:
@@ -177,16 +207,25 @@ def _rounding_failure(found: list[layouts.Piece]) -> str | None:
     """What is wrong where the forward pass does not read the rounded masters; None when it does everywhere."""
     for piece in found:
         master = piece.state.get(layouts.MASTER)
-        if master is None:
-            continue
-        if master.dtype != torch.float32:
-            return f"{piece.name!r} has no fp32 master (it is {master.dtype}); such runs cannot be saved"
-        if not all(torch.equal(weights, master.to(weights)) for weights in piece.weights):
-            return (
-                f"the weights of {piece.name!r} are not its rounded masters: they were changed from outside the "
-                "optimizer, or hold NaN, or DeepSpeed keeps them elsewhere"
-            )
+        if failure := _without_master(piece):
+            return failure
+        if master is not None and not all(torch.equal(weights, master.to(weights)) for weights in piece.weights):
+            return _not_rounded(piece.name)
     return None
+
+
+def _without_master(piece: layouts.Piece) -> str | None:
+    master = piece.state.get(layouts.MASTER)
+    if master is None or master.dtype == torch.float32:
+        return None
+    return f"{piece.name!r} has no fp32 master (it is {master.dtype}); such runs cannot be saved"
+
+
+def _not_rounded(name: str) -> str:
+    return (
+        f"the weights of {name!r} are not its rounded masters: they were changed from outside the optimizer, or hold "
+        "NaN, or DeepSpeed keeps them elsewhere"
+    )
 
 
 def _check_same_model(
