@@ -44,13 +44,13 @@ def train(config: Config, *, fresh: bool = False, address: str | None = None, ne
     now; `address` is that of a running Ray cluster. Ctrl-C saves and returns a run
     that is not `.finished`. Raises `MillstreamError` for what a person can mend, `RunError` when the run was given up.
     """
-    from pipeline.cluster import driver
+    from pipeline.cluster import driver, history
     from pipeline.config import resolve
     from pipeline.errors import RunError
     from pipeline.run import Run
 
     code = driver.run(config, fresh=fresh, address=address, new_order=new_order)
-    run = Run(driver.run_folder(resolve(config), fresh=False))
+    run = Run(history.run_folder(resolve(config), fresh=False))
     if code not in (driver.DONE, driver.AGAIN):
         raise RunError(f"run {config.name} was given up; what happened is in {run.folder / 'journal.jsonl'}")
     return run

@@ -89,6 +89,41 @@ def train(
     raise typer.Exit(driver.run(checked, fresh=fresh, address=address, new_order=new_order))
 
 
+@app.command(epilog="Example: millstream resume runs/digits steps=800")
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys set from now on.", autocompletion=_keys),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Running Ray cluster; without it one is started here.")
+    ] = None,
+) -> None:
+    """Go on with a run from its newest good checkpoint, by the configuration that lies in its folder."""
+    from pipeline.config import load
+    from pipeline.run import open_run
+
+    folder = open_run(run).folder
+    checked = load(folder / "config.yaml", overrides or ())
+    from pipeline.cluster import driver
+
+    raise typer.Exit(driver.run(checked, folder=folder, address=address))
+
+
+@app.command(epilog="Example: millstream runs")
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
+) -> None:
+    """List runs: what became of each, how far it is, how its time was spent."""
+    from pipeline import terminal
+    from pipeline.cluster import history
+
+    found = history.overview(folder)
+    columns = ["run", "state", "step", "best", "restarts", "useful", "last heard"]
+    terminal.table(columns, [list(row) for row in found])
+
+
 @app.command(epilog="Example: millstream evaluate runs/digits --checkpoint 400")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="Run folder, or the YAML file of its run.")],
@@ -113,11 +148,11 @@ def _run_folder(path: Path) -> Path:
 
     if not path.is_file():
         return open_run(path).folder
-    from pipeline.cluster import driver
+    from pipeline.cluster import history
     from pipeline.config import load_resolved, resolve
     from pipeline.errors import RunError
 
     config = resolve(load_resolved(path))
     if not (config.runs / config.name).is_dir():
         raise RunError(f"{path} has no run in {config.runs} yet; train it first: millstream train {path}")
-    return driver.run_folder(config, fresh=False)
+    return history.run_folder(config, fresh=False)

@@ -182,12 +182,24 @@ class Track(Strict):
     tags: tuple[str, ...] = Field(default=(), description="W&B tags")
 
 
+class Stall(Strict):
+    """Seconds that a worker may stay in a phase before it counts as stalled and the attempt is ended."""
+
+    start: float = Field(default=900, gt=0, description="imports, the process group, compilation")
+    restore: float = Field(default=1800, gt=0, description="reading a checkpoint")
+    data: float = Field(default=300, gt=0, description="waiting for the next samples")
+    step: float = Field(default=600, gt=0, description="until 20 steps are measured; then 10 medians, at least 9 s")
+    evaluation: float = Field(default=3600, gt=0, description="all held-out sets")
+    save: float = Field(default=1800, gt=0, description="waiting for a checkpoint")
+
+
 class Guard(Strict):
     """What happens when numbers or workers go wrong."""
 
     non_finite: Literal["skip", "stop"] = Field(default="skip", description="on a NaN or infinite loss or gradient")
     max_skipped: Count = Field(default=3, description="skipped steps in a row that end the run")
     collective_timeout_seconds: float = Field(default=600, gt=0, description="seconds a worker waits for the others")
+    stall: Stall = Field(default=Stall(), description="when a worker that does not move is taken for stalled")
 
 
 class Cluster(Strict):

@@ -4,8 +4,9 @@
 facts and all take the same branch. They go over a gloo group even on GPU, where a device-side collective would make
 the host wait for the step. `Session` is the seam to whoever started the worker. It differs between Ray and one plain
 process only in `send`: a function that delivers journal records and a heartbeat, and answers whether a stop has been
-asked for. A thread calls it twice a second, so the training loop never waits for the journal. What it gives up: a stop
-is seen half a second late, and where a lost worker was is known to within two.
+asked for. A thread calls it twice a second, so the training loop never waits for the journal. The heartbeat says how
+long the rank has been in its phase, and how its time was spent so far: what hangs and what is slow is seen there. What
+it gives up: a stop is seen half a second late, and where a lost worker was is known to within two.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import threading
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,6 +35,8 @@ from pipeline.errors import MillstreamError
 
 SEND_SECONDS = 0.5  # rank 0, which has the records
 HEARTBEAT_SECONDS = 2.0  # the others
+MEASURED_STEPS = 20  # before that many, a step's usual length is not known; compilation and warming up fall into them
+KEPT_STEPS = 101  # whose lengths the median is of
 
 # send(rank, records, heartbeat) -> stop asked?
 Send = Callable[[int, list[dict[str, Any]], dict[str, Any]], bool]
@@ -93,6 +100,41 @@ class World:
         dist.barrier(group=self.host)
 
 
+class Phases:
+    """Which phase a rank is in, since when, and how many seconds went into each so far. Threads may look at it."""
+
+    def __init__(self) -> None:
+        self._phase, self._step, self._since = "start", 0, time.monotonic()
+        self._spent: dict[str, float] = {}
+        self._steps: deque[float] = deque(maxlen=KEPT_STEPS)
+        self._step_began: float | None = None
+        self._lock = threading.Lock()
+
+    def enter(self, phase: str, step: int) -> None:
+        """Leave the phase that was, for `phase` of `step`."""
+        with self._lock:
+            now = time.monotonic()
+            self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since
+            if self._step_began is not None and self._phase == "step" and phase != "step":
+                self._steps.append(now - self._step_began)
+                self._step_began = None
+            if phase == "data":
+                self._step_began = now
+            self._phase, self._step, self._since = phase, step, now
+
+    def place(self) -> dict[str, Any]:
+        """{"phase", "step"} as they are now."""
+        return {"phase": self._phase, "step": self._step}
+
+    def heartbeat(self) -> dict[str, Any]:
+        """Place; phase_seconds: in it so far; spent: {phase: seconds}; step_seconds: median, None as yet unknown."""
+        with self._lock:
+            inside = time.monotonic() - self._since
+            spent = self._spent | {self._phase: self._spent.get(self._phase, 0.0) + inside}
+            usual = median(self._steps) if len(self._steps) >= MEASURED_STEPS else None
+            return {**self.place(), "phase_seconds": inside, "spent": spent, "step_seconds": usual}
+
+
 class Session:
     """One worker in one attempt: where the run lies, its phase, what it has to say, whether it should stop.
 
@@ -105,7 +147,8 @@ class Session:
         self.owned = ExitStack()
         self._send, self._stop = send, threading.Event()
         self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._where: dict[str, Any] = {"phase": "start", "step": 0}
+        self._phases = Phases()
+        self._process = {"host": socket.gethostname(), "pid": os.getpid()}
         self._closing, self._wake, self._idle = threading.Event(), threading.Event(), threading.Condition()
         self._pending = 0
         self._failure: BaseException | None = None
@@ -122,7 +165,7 @@ class Session:
 
     def phase(self, name: str, step: int) -> None:
         """Say what this rank is doing now: start, data, forward, backward, step, evaluation, save, restore."""
-        self._where = {"phase": name, "step": step}
+        self._phases.enter(name, step)
         if (name, step) in self._kills:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -137,7 +180,7 @@ class Session:
         self.record(
             "error",
             rank=self.world.rank,
-            **self._where,
+            **self._phases.place(),
             type=type(error).__name__,
             message=str(error),
             traceback="".join(traceback.format_exception(error)),
@@ -173,7 +216,7 @@ class Session:
             while not self._records.empty():
                 records.append(self._records.get())
             try:
-                if self._send(self.world.rank, records, self._where):
+                if self._send(self.world.rank, records, self._process | self._phases.heartbeat()):
                     self._stop.set()
             except BaseException as error:
                 # The driver or its journal is gone. The loop learns it at the next flush, before anything is committed.

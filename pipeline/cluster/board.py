@@ -2,7 +2,7 @@
 
 Under Ray it is an actor on the driver's node (so the driver reads the journal as a plain local file); with `workers:
 0` it is a plain object in the same process. It also keeps each rank's last heartbeat, which says where a worker was
-when it was lost.
+when it was lost, and notes now and then how the ranks have spent their time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from pipeline.track.journal import Journal
 
+SPENT_SECONDS = 30.0  # how often it is noted how the ranks' time was spent: so much of it is lost with a driver
+
 
 class Board:
     """The journal's only writer during an attempt, and the stop flag."""
@@ -21,10 +23,13 @@ class Board:
         self._journal = Journal(journal, attempt)
         self._stop = False
         self._heartbeats: dict[int, tuple[float, dict[str, Any]]] = {}
+        self._noted = time.monotonic()
 
     def deliver(self, rank: int, records: list[dict[str, Any]], where: dict[str, Any]) -> bool:
         """Append a worker's records durably, note its heartbeat, and answer whether it should stop."""
         self._heartbeats[rank] = (time.monotonic(), where)
+        if time.monotonic() - self._noted > SPENT_SECONDS:
+            self._note_spent()
         if records:
             self._journal.write_many(records)
             self._journal.sync()
@@ -40,9 +45,18 @@ class Board:
         self._stop = True
 
     def heartbeats(self) -> dict[int, dict[str, Any]]:
-        """By rank: seconds since it was last heard, and its phase and step then."""
+        """By rank: `silent_seconds` since it was last heard, and what it said then (session.Phases.heartbeat)."""
         now = time.monotonic()
         return {rank: {"silent_seconds": now - at, **where} for rank, (at, where) in sorted(self._heartbeats.items())}
 
     def close(self) -> None:
+        """Note how the time was spent, and close the journal."""
+        self._note_spent()
         self._journal.close()
+
+    def _note_spent(self) -> None:
+        """By rank, since its worker began: seconds in each phase, and `silent`, since it was last heard."""
+        self._noted = time.monotonic()
+        ranks = {rank: beat["spent"] | {"silent": beat["silent_seconds"]} for rank, beat in self.heartbeats().items()}
+        if ranks:
+            self._journal.write({"kind": "time", "ranks": ranks})

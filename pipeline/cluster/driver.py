@@ -13,25 +13,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from pipeline import config as configs
-from pipeline.checkpoint import format as checkpoints
-from pipeline.checkpoint.uploads import home_of
-from pipeline.cluster import lease, output, worker
+from pipeline.cluster import history, lease, output, watchdog, worker
 from pipeline.cluster.board import Board
 from pipeline.cluster.failure import Failure, diagnose
 from pipeline.config import Config
-from pipeline.errors import CheckpointError
 from pipeline.track import journal
 from pipeline.track.console import Console
 from pipeline.track.wandb import Wandb
 
 DONE, GIVE_UP, AGAIN = 0, 1, 75
+LOOK_SECONDS = 1.0  # between two looks at whether all workers move
 CRASH_LOOP = 3  # the same failure at the same step so many times in a row ends the run
 
 
@@ -39,11 +38,13 @@ class Attempt(Protocol):
     """One fit of fixed world size: under Ray, or in this process."""
 
     number: int
+    folder: Path
 
     def run(self) -> BaseException | None: ...
     def record(self, record: dict[str, Any]) -> None: ...
     def request_stop(self) -> None: ...
     def heartbeats(self) -> dict[int, dict[str, Any]]: ...
+    def signal(self, beat: Mapping[str, Any], number: int) -> str: ...
     def close(self) -> None: ...
 
 
@@ -56,6 +57,9 @@ class Solo:
         self.record, self.close = self.board.record, self.board.close
         self.request_stop, self.heartbeats = self.board.request_stop, self.board.heartbeats
 
+    def signal(self, beat: Mapping[str, Any], number: int) -> str:
+        raise NotImplementedError("one process alone is not watched: it may stand at a breakpoint")
+
     def run(self) -> BaseException | None:
         try:
             worker.run(self.config, self.folder, self.number, self.board.deliver, self.new_order)
@@ -64,28 +68,36 @@ class Solo:
         return None
 
 
-def run(config: Config, *, fresh: bool = False, address: str | None = None, new_order: bool = False) -> int:
+def run(
+    config: Config,
+    *,
+    folder: Path | None = None,
+    fresh: bool = False,
+    address: str | None = None,
+    new_order: bool = False,
+) -> int:
     """Train until done, stopped or given up; returns the exit code (0, 75, 78 or 1).
 
     The same configuration again goes on where its run stopped; `fresh` starts anew in a folder beside it and deletes
-    nothing; `new_order` lets it go on with other data, or in another order of samples, which is refused otherwise.
-    Raises ConfigError or RunError for what is found before the first attempt.
+    nothing; `folder` goes on in that run folder whatever others the name has; `new_order` lets it go on with other
+    data, or in another order of samples, which is refused otherwise. Raises ConfigError or RunError for what is found
+    before the first attempt.
     """
     config = configs.resolve(config)
     if config.data.decoders:  # a wrong import path is found here, not in a worker
         from pipeline.data.decode import load_decoders
 
         load_decoders(config.data.decoders)
-    folder = run_folder(config, fresh)
+    folder = folder or history.run_folder(config, fresh)
     alone = config.cluster.workers == 0
     terminal = output.shared if alone else output.apart
     with lease.take(folder, say=print), terminal(folder / "logs" / "driver.log") as stream:
         console = Console(config, folder, stream)
-        note_configuration(config, folder, console)
-        if finished(config, folder):
+        history.note_configuration(config, folder, console.say)
+        if history.finished(config, folder):
             console.already_done()
             return DONE
-        expect_checkpoint(config, folder)
+        history.expect_checkpoint(config, folder)
         with stop_signals(console) as stop:
             if alone:
                 return attempts(config, folder, console, stop, lambda number: Solo(config, folder, number, new_order))
@@ -119,7 +131,7 @@ def attempts(
         while code is None:
             attempt = start(lease.new_attempt(folder))
             attempt.record({"kind": "attempt", "workers": config.cluster.workers, "restarts": len(failures)})
-            error = supervise(attempt, stop)
+            error = supervise(attempt, stop, config)
             records = [r for r in journal.read(folder / "journal.jsonl").records if r["attempt"] == attempt.number]
             reason = next((r["reason"] for r in reversed(records) if r["kind"] == "end"), None)
             if reason is not None:
@@ -148,8 +160,11 @@ def after(failures: list[Failure], config: Config, stopping: bool) -> tuple[int 
     return None, f"{last.reason}; going on from the last checkpoint (restart {len(failures)} of {restarts})"
 
 
-def supervise(attempt: Attempt, stop: threading.Event) -> BaseException | None:
-    """Run an attempt to its end, passing a stop on to its workers. Returns what ended it, if it failed."""
+def supervise(attempt: Attempt, stop: threading.Event, config: Config) -> BaseException | None:
+    """Run an attempt to its end, passing a stop on to its workers, and end it when one of them has stalled.
+
+    Returns what ended it, if it failed.
+    """
     if isinstance(attempt, Solo):  # stays in the main thread, where a debugger is at home
         watcher = threading.Thread(target=lambda: stop.wait() and attempt.request_stop(), daemon=True)
         watcher.start()
@@ -157,11 +172,15 @@ def supervise(attempt: Attempt, stop: threading.Event) -> BaseException | None:
     ended: list[BaseException | None] = []
     fit = threading.Thread(target=lambda: ended.append(attempt.run()), name="fit", daemon=True)
     fit.start()
-    told = False
+    told = stalled = False
+    look_at = time.monotonic() + LOOK_SECONDS
     while fit.is_alive():
         if stop.is_set() and not told:
             attempt.request_stop()
             told = True
+        if time.monotonic() > look_at and not stalled:
+            stalled = watchdog.look(attempt, config.guard.stall)
+            look_at = time.monotonic() + LOOK_SECONDS
         fit.join(timeout=0.1)
     return ended[0]
 
@@ -200,11 +219,8 @@ def sinks(config: Config, folder: Path, console: Console) -> Iterator[Wandb]:
     def feed() -> None:
         for place, record in enumerate(journal.follow(path, ended)):
             if place >= seen:
-                if record["kind"] in (
-                    "start",
-                    "restore",
-                ):  # not before: a configuration that is refused is not the run's
-                    save_configuration(config, folder)
+                if record["kind"] in ("start", "restore"):  # not before: one that is refused is not the run's
+                    history.save_configuration(config, folder)
                 console.show(record)
                 tracking.write(record)
 
@@ -216,71 +232,6 @@ def sinks(config: Config, folder: Path, console: Console) -> Iterator[Wandb]:
         ended.set()
         thread.join()
         tracking.close()
-
-
-def run_folder(config: Config, fresh: bool) -> Path:
-    """The run's folder: `<runs>/<name>`, or the newest of `<name>-2`, `<name>-3`, ... that `fresh` started.
-
-    Raises CheckpointError when the second home has to be asked for that and does not answer.
-    """
-    runs = Path(config.runs)
-    taken = {1: runs / config.name} if (runs / config.name).exists() else {}
-    for path in runs.glob(f"{config.name}-*"):
-        number = path.name.removeprefix(f"{config.name}-")
-        if number.isdigit() and (path / "config.yaml").exists():
-            taken[int(number)] = path
-    newest = max(taken, default=0)
-    if newest and not fresh:
-        return taken[newest]
-
-    def named(number: int) -> Path:
-        return runs / (config.name if number == 1 else f"{config.name}-{number}")
-
-    try:
-        while (home := home_of(config, named(newest + 1))) and home.steps():  # it lives in its second home, not here
-            newest += 1
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}\nWhether the run lives there cannot be told, and it is not in {runs}. Mend that, or go on "
-            "without the second home: checkpoint.url=null"
-        ) from error
-    return named(newest + 1 if fresh else max(newest, 1))
-
-
-def note_configuration(config: Config, folder: Path, console: Console) -> None:
-    """Name what differs from the configuration that the run had before; a new run has this one."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        save_configuration(config, folder)
-    changes = configs.difference(configs.load_resolved(path), config)
-    if changes:
-        console.say(f"changed since the last attempt: {', '.join(changes)}", style="yellow")
-
-
-def save_configuration(config: Config, folder: Path) -> None:
-    """Put the resolved configuration into the run folder, all at once."""
-    draft = folder / "config.yaml.tmp"
-    draft.write_text(configs.dump(config))
-    draft.replace(folder / "config.yaml")
-
-
-def expect_checkpoint(config: Config, folder: Path) -> None:
-    """Raises CheckpointError when the journal knows of a checkpoint and none is there: no fresh start by accident."""
-    saved = [record for record in journal.read(folder / "journal.jsonl").records if record["kind"] == "save"]
-    if saved and not checkpoints.list_checkpoints(folder / "checkpoints"):
-        home = home_of(config, folder)
-        if home is not None and home.steps():
-            return
-        raise CheckpointError(
-            f"{folder}/checkpoints is empty{f' and {home.url} too' if home else ''}, but step {saved[-1]['step']} was "
-            "saved there. Bring the folder back, or start anew on purpose with --fresh (a new run folder; nothing is "
-            "deleted)."
-        )
-
-
-def finished(config: Config, folder: Path) -> bool:
-    """Whether the last step of this configuration is committed."""
-    return any(found.step >= config.steps for found in checkpoints.list_checkpoints(folder / "checkpoints"))
 
 
 def evaluate(folder: Path, step: int | None = None) -> tuple[int, dict[str, float]]:

@@ -2,11 +2,12 @@
 
 When one worker dies, the others fail a moment later in a collective; those errors are symptoms. The cause is the
 first error that is not one of a collective, or else a worker that is gone without a word: killed, or out of memory.
+A worker that had stopped moving was ended by the driver, which has said so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,13 @@ class Failure:
 
 
 def diagnose(
-    records: Iterable[Mapping[str, Any]], heartbeats: Mapping[int, Mapping[str, Any]], error: BaseException
+    records: Sequence[Mapping[str, Any]], heartbeats: Mapping[int, Mapping[str, Any]], error: BaseException
 ) -> Failure:
     """The cause, from the attempt's records, each rank's last heartbeat, and what the launcher raised."""
+    for record in records:
+        if record["kind"] == "stall":  # it was ended for that
+            stack = record["stacks"].get(str(record["rank"]), "")
+            return Failure("stall", record["message"], record["step"], stack)
     errors = [record for record in records if record["kind"] == "error"]
     for record in errors:
         text = f"{record['type']} {record['message']}".lower()

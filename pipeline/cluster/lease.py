@@ -108,6 +108,15 @@ def take(
         time.sleep(min(LOOK_SECONDS, silence_seconds / 4))
 
 
+def owner(folder: Path) -> str | None:
+    """Who owns this run folder now, as words; None when nobody does, or the owner is dead."""
+    found, content = _read(folder / "lease.json")
+    if not content:
+        return None
+    alive = _alive(found)
+    return None if alive is False else _name(found) + ("" if alive else ", if it lives")
+
+
 def new_attempt(folder: Path) -> int:
     """The next attempt's number, from 1; nobody else ever gets the same. Written to attempts/<number>.json."""
     attempts = folder / "attempts"

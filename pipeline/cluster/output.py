@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import TextIO
 
 
+def rank_log(folder: Path, attempt: int, rank: int) -> Path:
+    """Where a worker's output goes."""
+    return folder / "logs" / f"attempt-{attempt:04d}-rank-{rank}.log"
+
+
 def to_file(path: Path) -> None:
     """Send all further output of this process to `path`: for a worker, which has no terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ thread of its worker, so workers install no signal handlers; a stop comes throug
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import secrets
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.board import Board
+from pipeline.cluster.watchdog import STACKS
 from pipeline.config import Config
 from pipeline.errors import RunError
 
+REACH_SECONDS = 10.0  # for a signal to a worker on another host
 SCRATCH = "millstream-ray-"  # in the system's temporary folder: Ray's sockets need a short path
 
 
@@ -111,6 +114,24 @@ class Attempt:
 
         return ray.get(self.board.heartbeats.remote())
 
+    def signal(self, beat: Mapping[str, Any], number: int) -> str:
+        """Send a signal to the worker of a heartbeat, on whichever host it is; the state it was in, as /proc has it.
+
+        An empty string when the process, or its host, cannot be reached.
+        """
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if beat["node"] == ray.get_runtime_context().get_node_id():
+            return _signal(beat["pid"], number)
+        there = NodeAffinitySchedulingStrategy(beat["node"], soft=False)
+        try:
+            task = ray.remote(_signal).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            return ray.get(task.remote(beat["pid"], number), timeout=REACH_SECONDS)
+        except RayError:
+            return ""
+
     def run(self) -> BaseException | None:
         """Fit. Returns what ended it, or None when every worker returned."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -161,14 +182,26 @@ def _worker(work: dict[str, Any]) -> None:
     from pipeline.cluster import output, worker
 
     folder, attempt, board = Path(work["folder"]), work["attempt"], work["board"]
-    output.to_file(folder / "logs" / f"attempt-{attempt:04d}-rank-{get_context().get_world_rank()}.log")
+    output.to_file(output.rank_log(folder, attempt, get_context().get_world_rank()))
+    faulthandler.register(STACKS, file=2)  # written by the signal's handler itself, whatever holds the GIL
+    node = {"node": ray.get_runtime_context().get_node_id()}
     worker.run(
         Config.model_validate(work["config"]),
         folder,
         attempt,
-        lambda rank, records, where: ray.get(board.deliver.remote(rank, records, where)),
+        lambda rank, records, where: ray.get(board.deliver.remote(rank, records, where | node)),
         work["new_order"],
     )
+
+
+def _signal(pid: int, number: int) -> str:
+    """Signal a process of this host; its state before (R, S, D, T, Z: see proc(5)), empty when it is gone."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        os.kill(pid, number)
+    except OSError:
+        return ""
+    return state
 
 
 def sweep_scratch() -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pipeline.config import Config
 from pipeline.data.vocabulary import xz_bits_per_byte
-from pipeline.track import journal
+from pipeline.track import goodput, journal
 
 LINE_SECONDS = 10.0
 
@@ -134,6 +134,8 @@ class Console:
             speed = f"{facts['samples_per_second']:,.0f} samples/s"
             wait = facts["data_wait_share"] or 0.0
             self.say(f"  speed                  {speed}, {wait:.1%} of the time waiting for data")
+        if spent := [f"{kind} {share:.1%}" for kind, share in goodput.shares(records).items() if share >= 0.0005]:
+            self.say(f"  time of all workers    {', '.join(spent)}")
         saved = [record for record in records if record["kind"] == "save"]
         here = relative(self.folder)
         weights = f"{here}/checkpoints/{saved[-1]['path']}" if saved else "none saved yet"

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def millstream(project: Path, *arguments: str, kills: str = "") -> subprocess.Popen[str]:
     """Start the command in `project`; its process group is its own, so that a test can end all of it."""
     environment = {**os.environ, "MILLSTREAM_KILL": kills, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment["MILLSTREAM_TEST_HANG"] = str(project / "hang")
     command = [sys.executable, "-m", "pipeline", *arguments]
     return subprocess.Popen(
         command,
@@ -161,3 +163,39 @@ def test_killed_driver_then_ctrl_c_change_nothing(project: Path, quiet: Path) ->
 
     again = finish(millstream(project, "train", "toy.yaml", "name=driver"), 0)
     assert "is finished" in again
+
+
+def workers(folder: Path, attempt: int) -> dict[int, int]:
+    """{rank: process} of the workers of an attempt: those that write its logs."""
+    found = {}
+    for rank in (0, 1):
+        log = str((folder / "logs" / f"attempt-{attempt:04d}-rank-{rank}.log").resolve())
+        for path in Path("/proc").glob("[0-9]*/fd/1"):
+            with suppress(OSError):
+                if os.readlink(path) == log:
+                    found[rank] = int(path.parts[2])
+    return found
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_move_are_named_with_their_stack_and_change_nothing(project: Path, quiet: Path) -> None:
+    """One hangs in its loss, one is stopped (SIGSTOP): each is found, the run goes on, the weights are the same."""
+    run = project / "runs" / "hung"
+    process = millstream(
+        project, "train", "toy.yaml", "name=hung", "task.name=tests.hanging_task", "guard.stall.step=6"
+    )
+    wait_for_step(run, 2, 1, process)
+    (project / "hang").touch()
+    wait_for_step(run, 7, 2, process)
+    stopped = workers(run, 2)
+    os.kill(stopped[1], signal.SIGSTOP)
+    output = finish(process, 0)
+    hung = int((project / "hang.pid").read_text())
+    first, second = [record for record in Run(run).records() if record["kind"] == "stall"]
+    assert (first["pid"], first["phase"], first["silent"]) == (hung, "forward", False)
+    stack = first["stacks"][str(first["rank"])]
+    assert "hanging_task.py" in stack and "in loss" in stack
+    assert (second["rank"], second["pid"], second["silent"]) == (1, stopped[1], True)
+    assert "its process is stopped" in second["message"] and second["stacks"]["0"]
+    assert output.count("going on from the last checkpoint (restart") == 2 and "does not move" in output
+    assert_same_state(run, quiet)

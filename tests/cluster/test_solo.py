@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline import config as configs
-from pipeline.cluster import driver, lease
+from pipeline.cluster import driver, history, lease
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.run import Run
 from pipeline.track import journal
@@ -49,6 +49,22 @@ def test_again_goes_on_and_fresh_starts_beside(toy: Path, capsys: pytest.Capture
     assert "training from step 0" in capsys.readouterr().out
     assert sorted(path.name for path in (runs / "toy" / "checkpoints").iterdir()) == before
     assert Run(runs / "toy-2").finished and Run(runs / "toy").curve("train/loss")[0] == list(range(8))
+
+
+def test_a_run_goes_on_in_its_own_folder_and_is_listed(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(toy, "steps=4") == driver.DONE
+    assert train(toy, "steps=4", fresh=True) == driver.DONE
+    first, runs = toy.parent / "runs" / "toy", toy.parent / "runs"
+    longer = configs.load(first / "config.yaml", ["steps=6"])
+    assert driver.run(longer, folder=first) == driver.DONE
+    assert "going on from step 4" in capsys.readouterr().out
+    assert Run(first).finished and Run(runs / "toy-2").config.steps == 4
+    rows = {row.name: row for row in history.overview(runs)}
+    assert [(rows[name].state, rows[name].step) for name in ("toy", "toy-2")] == [("done", "6/6"), ("done", "4/4")]
+    with lease.take(first):
+        assert next(row.state for row in history.overview(runs) if row.name == "toy").startswith("training: process")
+    with pytest.raises(RunError, match="holds no runs"):
+        history.overview(toy.parent / "pictures")
 
 
 def test_missing_checkpoints_are_not_a_fresh_start(toy: Path) -> None:
