@@ -40,8 +40,8 @@ Rule = Callable[[Known], list[Problem]]
 
 def numbers(known: Known) -> list[Problem]:
     """Problems of values against each other; looks at nothing outside the configuration."""
-    rules = [_batch_split, _workers, _lanes, _schedule, _optimizer, _precision, _offload, _retention, _best]
-    return _apply([*rules, _evaluation], known)
+    rules = [_batch_split, _workers, _fewest_workers, _lanes, _schedule, _optimizer, _precision, _offload]
+    return _apply([*rules, _retention, _best, _evaluation], known)
 
 
 def folders(known: Known) -> list[Problem]:
@@ -83,6 +83,14 @@ def _workers(known: Known) -> list[Problem]:
     if smaller:
         mends.insert(1, f"micro_batch_size to {smaller[-1]}")
     return [Problem("cluster.workers", message, suggestion=f"set {', or '.join(mends)}")]
+
+
+def _fewest_workers(known: Known) -> list[Problem]:
+    fewest, workers = known["cluster.min_workers"], known["cluster.workers"]
+    if fewest is None or fewest <= workers:
+        return []
+    message = f"{fewest} is more than cluster.workers, {workers}, the most that are ever taken"
+    return [Problem("cluster.min_workers", message, suggestion=f"set it to at most {workers}, or leave it out")]
 
 
 def _lanes(known: Known) -> list[Problem]:

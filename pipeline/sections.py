@@ -206,6 +206,9 @@ class Cluster(Strict):
     """Workers and where they run."""
 
     workers: int = Field(default=2, ge=0, description="training processes; 0: this process alone, without Ray")
+    min_workers: Count | None = Field(default=None, description="fewest to go on with after a loss; null: all of them")
+    grow_seconds: float = Field(default=60, ge=0, description="that there must be room for more, before more are taken")
+    wait_seconds: float = Field(default=300, ge=0, description="for lost nodes to return, before the run ends with 75")
     threads_per_worker: Count = Field(default=1, description="CPU threads of each; another number moves the last bits")
     address: str | None = Field(default=None, description="of a running Ray cluster; null: one is started here")
     gpu: bool | None = Field(default=None, description="one GPU per worker; null: when there is one")

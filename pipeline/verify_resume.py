@@ -257,7 +257,7 @@ def _short(config: Config, steps: int, more: int) -> Config:
 
 
 def _folder(config: Config) -> Path:
-    return driver.run_folder(config, fresh=False)
+    return history.run_folder(config, fresh=False)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -90,6 +90,8 @@ def test_the_commands_are_these() -> None:
         "data stats",
         "data verify",
         "evaluate",
+        "resume",
+        "runs",
         "train",
         "verify-resume",
     ]

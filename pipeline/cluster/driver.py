@@ -1,8 +1,9 @@
 """The driver: start an attempt, watch it, decide what comes after.
 
 One attempt is one world size from its first step to its end. When it is lost, because a worker was killed or failed,
-the next one goes on from the newest checkpoint that verifies. The driver reads the journal like everybody else: the
-terminal and W&B are fed from it here, so they can neither stop nor slow training.
+the next one goes on from the newest checkpoint that verifies, with as many workers as the cluster can hold then. The
+driver reads the journal like everybody else: the terminal and W&B are fed from it here, so they can neither stop nor
+slow training.
 
     run -> lease -> attempt 1 -> (lost) -> attempt 2 -> ... -> exit code: 0 done, 75 run me again, 78 mend the
                                                                configuration, 1 gave up
@@ -14,58 +15,24 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import NamedTuple
 
 from pipeline import config as configs
-from pipeline.cluster import history, lease, output, watchdog, worker
-from pipeline.cluster.board import Board
+from pipeline.cluster import history, lease, output, worker
+from pipeline.cluster.attempt import Attempt, Solo
 from pipeline.cluster.failure import Failure, diagnose
+from pipeline.cluster.supervise import supervise
 from pipeline.config import Config
 from pipeline.track import journal
 from pipeline.track.console import Console
 from pipeline.track.wandb import Wandb
 
 DONE, GIVE_UP, AGAIN = 0, 1, 75
-LOOK_SECONDS = 1.0  # between two looks at whether all workers move
 CRASH_LOOP = 3  # the same failure at the same step so many times in a row ends the run
-
-
-class Attempt(Protocol):
-    """One fit of fixed world size: under Ray, or in this process."""
-
-    number: int
-    folder: Path
-
-    def run(self) -> BaseException | None: ...
-    def record(self, record: dict[str, Any]) -> None: ...
-    def request_stop(self) -> None: ...
-    def heartbeats(self) -> dict[int, dict[str, Any]]: ...
-    def signal(self, beat: Mapping[str, Any], number: int) -> str: ...
-    def close(self) -> None: ...
-
-
-class Solo:
-    """An attempt in this very process, for debugging: no Ray, one rank; breakpoints work."""
-
-    def __init__(self, config: Config, folder: Path, number: int, new_order: bool) -> None:
-        self.config, self.folder, self.number, self.new_order = config, folder, number, new_order
-        self.board = Board(folder / "journal.jsonl", number)
-        self.record, self.close = self.board.record, self.board.close
-        self.request_stop, self.heartbeats = self.board.request_stop, self.board.heartbeats
-
-    def signal(self, beat: Mapping[str, Any], number: int) -> str:
-        raise NotImplementedError("one process alone is not watched: it may stand at a breakpoint")
-
-    def run(self) -> BaseException | None:
-        try:
-            worker.run(self.config, self.folder, self.number, self.board.deliver, self.new_order)
-        except Exception as error:
-            return error
-        return None
 
 
 def run(
@@ -100,7 +67,8 @@ def run(
         history.expect_checkpoint(config, folder)
         with stop_signals(console) as stop:
             if alone:
-                return attempts(config, folder, console, stop, lambda number: Solo(config, folder, number, new_order))
+                solo = Launcher(lambda number, workers: Solo(config, folder, number, new_order), lambda: 0)
+                return attempts(config, folder, console, stop, solo)
             where = address or config.cluster.address or os.environ.get("RAY_ADDRESS")
             return under_ray(config, folder, console, stop, where, new_order)
 
@@ -109,33 +77,46 @@ def under_ray(
     config: Config, folder: Path, console: Console, stop: threading.Event, address: str | None, new_order: bool
 ) -> int:
     """Attempts on a Ray cluster. Raises RunError when it cannot be reached or can never hold the workers."""
-    from pipeline.cluster import ray
+    from pipeline.cluster import nodes, ray
 
     console.say(f"connecting to Ray at {address}" if address else "starting Ray on this machine", style="dim")
     with ray.cluster(config, address) as resources, stop_signals(console, stop):  # Ray took SIGTERM for itself
         use_gpu = ray.require(config, resources)
 
-        def attempt(number: int) -> ray.Attempt:
-            return ray.Attempt(config, folder, number, use_gpu, new_order)
+        launcher = Launcher(
+            lambda number, workers: ray.Attempt(config, folder, number, workers, use_gpu, new_order),
+            lambda: nodes.capacity(config.cluster, use_gpu, asking=True),
+        )
+        return attempts(config, folder, console, stop, launcher)
 
-        return attempts(config, folder, console, stop, attempt)
+
+class Launcher(NamedTuple):
+    """start: an attempt of this number and so many workers.  room: how many workers could be held now."""
+
+    start: Callable[[int, int], Attempt]
+    room: Callable[[], int]
 
 
-def attempts(
-    config: Config, folder: Path, console: Console, stop: threading.Event, start: Callable[[int], Attempt]
-) -> int:
+def attempts(config: Config, folder: Path, console: Console, stop: threading.Event, launcher: Launcher) -> int:
     """Start attempts until one ends by itself, the restart budget is spent, or a failure repeats itself."""
     failures: list[Failure] = []
     with console, sinks(config, folder, console) as tracking:
         code = AGAIN if stop.is_set() else None  # asked for before anything began
+        relaunch = False
         while code is None:
-            attempt = start(lease.new_attempt(folder))
-            attempt.record({"kind": "attempt", "workers": config.cluster.workers, "restarts": len(failures)})
-            error = supervise(attempt, stop, config)
+            workers = world_size(config, launcher.room, stop, console.say)
+            if workers is None:
+                code = AGAIN
+                break
+            attempt = launcher.start(lease.new_attempt(folder), workers)
+            facts = {"workers": workers, "restarts": len(failures), "relaunch": relaunch}
+            attempt.record({"kind": "attempt", **facts})
+            relaunch = True
+            error, resize = supervise(attempt, stop, config)
             records = [r for r in journal.read(folder / "journal.jsonl").records if r["attempt"] == attempt.number]
             reason = next((r["reason"] for r in reversed(records) if r["kind"] == "end"), None)
             if reason is not None:
-                code = DONE if reason == "done" else AGAIN
+                code = DONE if reason == "done" else None if resize and not stop.is_set() else AGAIN
             else:
                 error = error or RuntimeError("the workers ended before the run did")
                 failures.append(diagnose(records, attempt.heartbeats(), error))
@@ -144,6 +125,27 @@ def attempts(
             attempt.close()
     console.end(code, journal.read(folder / "journal.jsonl").records, tracking.where)
     return code
+
+
+def world_size(config: Config, room: Callable[[], int], stop: threading.Event, say: Callable[..., None]) -> int | None:
+    """Workers of the next attempt: as many as fit, within the bounds. Waits for nodes when too few are there.
+
+    None when they do not come in time, or a stop was asked for.
+    """
+    cluster = config.cluster
+    least = cluster.workers if cluster.min_workers is None else cluster.min_workers
+    give_up, told = time.monotonic() + cluster.wait_seconds, False
+    while True:
+        fit = min(room(), cluster.workers)
+        if fit >= least:
+            return fit
+        if stop.is_set() or time.monotonic() > give_up:
+            say(f"{fit} workers fit, at least {least} are needed: run the same command when there are nodes", "yellow")
+            return None
+        if not told:
+            say(f"{fit} workers fit, at least {least} are needed: waiting up to {cluster.wait_seconds:.0f} s", "yellow")
+            told = True
+        stop.wait(1.0)
 
 
 def after(failures: list[Failure], config: Config, stopping: bool) -> tuple[int | None, str]:
@@ -158,31 +160,6 @@ def after(failures: list[Failure], config: Config, stopping: bool) -> tuple[int 
         why = f"the same failure {CRASH_LOOP} times" if len(again) == CRASH_LOOP else f"{restarts} restart(s) used up"
         return GIVE_UP, f"giving up, {why}: {last.reason}\n{again[0].traceback}".rstrip()
     return None, f"{last.reason}; going on from the last checkpoint (restart {len(failures)} of {restarts})"
-
-
-def supervise(attempt: Attempt, stop: threading.Event, config: Config) -> BaseException | None:
-    """Run an attempt to its end, passing a stop on to its workers, and end it when one of them has stalled.
-
-    Returns what ended it, if it failed.
-    """
-    if isinstance(attempt, Solo):  # stays in the main thread, where a debugger is at home
-        watcher = threading.Thread(target=lambda: stop.wait() and attempt.request_stop(), daemon=True)
-        watcher.start()
-        return attempt.run()
-    ended: list[BaseException | None] = []
-    fit = threading.Thread(target=lambda: ended.append(attempt.run()), name="fit", daemon=True)
-    fit.start()
-    told = stalled = False
-    look_at = time.monotonic() + LOOK_SECONDS
-    while fit.is_alive():
-        if stop.is_set() and not told:
-            attempt.request_stop()
-            told = True
-        if time.monotonic() > look_at and not stalled:
-            stalled = watchdog.look(attempt, config.guard.stall)
-            look_at = time.monotonic() + LOOK_SECONDS
-        fit.join(timeout=0.1)
-    return ended[0]
 
 
 @contextmanager

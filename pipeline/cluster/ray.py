@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster import nodes
 from pipeline.cluster.board import Board
 from pipeline.cluster.watchdog import STACKS
 from pipeline.config import Config
@@ -72,16 +73,17 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
 
 def require(config: Config, resources: Mapping[str, float]) -> bool:
     """Whether workers get a GPU. Raises RunError with the numbers when the cluster can never hold the workers."""
-    wanted = config.cluster.workers
+    cluster = config.cluster
+    wanted = cluster.workers if cluster.min_workers is None else cluster.min_workers
     gpus = resources.get("GPU", 0.0)
-    use_gpu = bool(gpus) if config.cluster.gpu is None else config.cluster.gpu
-    have, kind = (
-        (gpus, "GPUs") if use_gpu else (resources.get("CPU", 0.0) // config.cluster.threads_per_worker, "CPU slots")
-    )
+    use_gpu = bool(gpus) if cluster.gpu is None else cluster.gpu
+    kind = "GPUs" if use_gpu else "CPU slots"
+    have = gpus if use_gpu else resources.get("CPU", 0.0) // cluster.threads_per_worker
     if have < wanted:
+        key = "cluster.workers" if cluster.min_workers is None else "cluster.min_workers"
         raise RunError(
-            f"cluster.workers is {wanted}, but the cluster has {have:.0f} {kind} "
-            f"({config.cluster.threads_per_worker} thread(s) a worker). Set cluster.workers={have:.0f}, or add nodes."
+            f"{key} is {wanted}, but the cluster has {have:.0f} {kind} "
+            f"({cluster.threads_per_worker} thread(s) a worker). Set {key}={have:.0f}, or add nodes."
         )
     return use_gpu
 
@@ -89,12 +91,12 @@ def require(config: Config, resources: Mapping[str, float]) -> bool:
 class Attempt:
     """One fit of fixed world size. `run` blocks until it has ended; `request_stop` may come from another thread."""
 
-    def __init__(self, config: Config, folder: Path, number: int, use_gpu: bool, new_order: bool) -> None:
+    def __init__(self, config: Config, folder: Path, number: int, workers: int, use_gpu: bool, new_order: bool) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.config, self.folder, self.number = config, folder, number
+        self.config, self.folder, self.number, self.workers = config, folder, number, workers
         self.use_gpu, self.new_order = use_gpu, new_order
         actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here)
         self.board: Any = actor.remote(folder / "journal.jsonl", number)
@@ -113,6 +115,19 @@ class Attempt:
         import ray
 
         return ray.get(self.board.heartbeats.remote())
+
+    def capacity(self) -> int:
+        """Workers that the cluster could hold now, as far as the run wants them."""
+        cluster = self.config.cluster
+        room = min(nodes.capacity(cluster, self.use_gpu), cluster.workers)
+        if room > self.workers:  # by what Ray knows; a node that was just lost is still among them
+            room = min(nodes.capacity(cluster, self.use_gpu, asking=True), cluster.workers)
+        return room
+
+    def leaving(self) -> list[str]:
+        """Hosts of its workers that are about to go."""
+        draining = nodes.draining()
+        return sorted({beat["host"] for beat in self.heartbeats().values() if beat["node"] in draining})
 
     def signal(self, beat: Mapping[str, Any], number: int) -> str:
         """Send a signal to the worker of a heartbeat, on whichever host it is; the state it was in, as /proc has it.
@@ -150,7 +165,7 @@ class Attempt:
                     "new_order": self.new_order,
                 },
                 scaling_config=ScalingConfig(
-                    num_workers=self.config.cluster.workers, use_gpu=self.use_gpu, resources_per_worker=resources
+                    num_workers=self.workers, use_gpu=self.use_gpu, resources_per_worker=resources
                 ),
                 torch_config=TorchConfig(
                     backend="nccl" if self.use_gpu else "gloo",

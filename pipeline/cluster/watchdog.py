@@ -29,7 +29,7 @@ SILENT_SECONDS = 5.0  # a heartbeat comes every 0.5 to 2
 
 
 class Watched(Protocol):
-    """What is needed of an attempt: see driver.Attempt."""
+    """What is needed of an attempt: see attempt.Attempt."""
 
     number: int
     folder: Path

@@ -64,6 +64,8 @@ class Console:
                 self._heading(record["attempt"], record["workers"])
             case "failure":
                 self.say(record["message"], style="yellow" if record["exit_code"] in (None, 75) else "red")
+            case "resize":
+                self.say(record["message"], style="yellow")
             case "start":
                 window = f"shuffled in windows of {record['window_bytes'] / 1e6:,.1f} MB per worker"
                 self.say(f"training from step 0: {record['parameters']:,} parameters; {record['data']}, {window}")

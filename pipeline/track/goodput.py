@@ -33,7 +33,7 @@ def ledger(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         ranks = max(first.get("workers", 1), 1)
         begin, end = first["time"], max(record["time"] for record in own)
         if last_end is not None:
-            total["start" if first.get("restarts") else "idle"] += ranks * max(begin - last_end, 0.0)
+            total["start" if first.get("relaunch") else "idle"] += ranks * max(begin - last_end, 0.0)
         for kind, seconds in _attempt(own, after, begin, end, ranks).items():
             total[kind] += seconds
         last_end = end

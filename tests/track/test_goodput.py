@@ -20,13 +20,13 @@ def step(number: int, attempt: int, time: float, seconds: float = 1.0, wait: flo
 
 def killed_once(noted: bool) -> list[dict[str, Any]]:
     """Two ranks: 10 s of start, 8 steps, killed; noticed after 2 s; 3 s later again from step 5; 5 steps."""
-    first = [record("attempt", 1, 100.0, workers=2, restarts=0), record("start", 1, 110.0, step=0)]
+    first = [record("attempt", 1, 100.0, workers=2, relaunch=False), record("start", 1, 110.0, step=0)]
     first += [step(k, 1, 111.0 + k) for k in range(8)]
     spent = {"start": 0.0, "data": 2.0, "forward": 2.0, "backward": 3.0, "step": 1.0, "silent": 2.0}
     if noted:
         first.append(record("time", 1, 120.0, ranks={"0": spent, "1": spent}))
     first.append(record("failure", 1, 120.0, message="worker 1 was lost", exit_code=None))
-    second = [record("attempt", 2, 123.0, workers=2, restarts=1), record("restore", 2, 126.0, step=5)]
+    second = [record("attempt", 2, 123.0, workers=2, relaunch=True), record("restore", 2, 126.0, step=5)]
     second += [step(k, 2, 122.0 + k) for k in range(5, 10)]
     spent = {"restore": 1.0, "data": 1.25, "forward": 1.25, "backward": 1.5, "step": 1.0, "save": 0.5, "silent": 0.0}
     if noted:
@@ -55,7 +55,7 @@ def test_a_pause_between_two_commands_is_idle() -> None:
     for each in records:
         if each["attempt"] == 2:
             each["time"] += 1000.0
-            each.pop("restarts", None)
+            each.pop("relaunch", None)
     spent = goodput.ledger(records)
     assert spent["idle"] == pytest.approx(2 * 1003.0)
     assert sum(goodput.shares(records).values()) == pytest.approx(1.0)
