@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import config as configs
-from pipeline.cluster import driver, ray
+from pipeline.cluster import driver, history, ray
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.run import Run, newest_attempt
