@@ -54,6 +54,17 @@ class NonFinite:
                 "or raise guard.max_skipped."
             )
 
+    def again(self, session: Session, step: int, result: StepResult) -> bool:
+        """Whether to compute a step once more that was not applied: arithmetic that fails once may not fail again.
+
+        Megatron-LM's rerun does so too (megatron/core/rerun_state_machine.py). fp16's overflow always repeats.
+        """
+        if result.applied or result.loss_scale is not None or not self.policy.recompute:
+            return False
+        if session.world.rank == 0:
+            session.record("recompute", step=step, reason="loss or gradient not finite")
+        return True
+
     def empty(self, session: Session, step: int) -> None:
         """Record a step whose whole batch has no term in the loss: nothing was computed."""
         session.record("skip", step=step, rank=session.world.rank, reason="no term of the batch counts in the loss")

@@ -144,6 +144,11 @@ def _offload(known: Known) -> list[Problem]:
 
 def _retention(known: Known) -> list[Problem]:
     every, keep_every = known["checkpoint.every"], known["checkpoint.keep_every"]
+    if keep_every is not None and every == "auto":
+        message = "with checkpoint.every: auto nobody knows beforehand which steps are saved"
+        return [
+            Problem("checkpoint.keep_every", message, suggestion="leave it out, or set checkpoint.every to a number")
+        ]
     if keep_every is None or keep_every % every == 0:
         return []
     message = f"{keep_every} is not a multiple of checkpoint.every {every}, so most of these steps are never saved"
@@ -159,6 +164,9 @@ def _best(known: Known) -> list[Problem]:
     if known["evaluate.best"] is None:
         mend = "set evaluate.best to set/metric, such as test/accuracy"
         return [Problem(place, "best by what? evaluate.best is empty", suggestion=mend)]
+    if every == "auto":
+        message = "with checkpoint.every: auto nobody knows whether a step that is evaluated is saved"
+        return [Problem(place, message, suggestion="set checkpoint.every to a number")]
     if scored is None:
         mend = f"set evaluate.every to {every}, as checkpoint.every"
         return [Problem(place, "only the last step is evaluated, so there is none to choose from", suggestion=mend)]

@@ -155,7 +155,10 @@ class Ema(Strict):
 class Checkpoint(Strict):
     """When the run is saved and what is kept."""
 
-    every: Count = Field(default=100, description="steps between checkpoints; the last step is always saved")
+    every: Count | Literal["auto"] = Field(
+        default=100, description="steps between checkpoints, or auto: as often as pays; the last step is always saved"
+    )
+    failure_hours: float = Field(default=24, gt=0, description="hours between failures of the job, for every: auto")
     background: bool = Field(default=True, description="train on while it is written, from a copy in host memory")
     keep: Count = Field(default=2, description="newest good checkpoints that stay")
     keep_every: Count | None = Field(default=None, description="steps; checkpoints at its multiples stay for good")
@@ -191,6 +194,7 @@ class Stall(Strict):
     step: float = Field(default=600, gt=0, description="until 20 steps are measured; then 10 medians, at least 9 s")
     evaluation: float = Field(default=3600, gt=0, description="all held-out sets")
     save: float = Field(default=1800, gt=0, description="waiting for a checkpoint")
+    upload: float = Field(default=7200, gt=0, description="sending the last checkpoints to their second home")
 
 
 class Guard(Strict):
@@ -198,6 +202,8 @@ class Guard(Strict):
 
     non_finite: Literal["skip", "stop"] = Field(default="skip", description="on a NaN or infinite loss or gradient")
     max_skipped: Count = Field(default=3, description="skipped steps in a row that end the run")
+    recompute: bool = Field(default=True, description="compute such a step once more first: the fault may not repeat")
+    replicas_every: Count | None = Field(default=None, description="steps between comparisons of the ranks' weights")
     collective_timeout_seconds: float = Field(default=600, gt=0, description="seconds a worker waits for the others")
     stall: Stall = Field(default=Stall(), description="when a worker that does not move is taken for stalled")
 

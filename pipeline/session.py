@@ -126,13 +126,17 @@ class Phases:
         """{"phase", "step"} as they are now."""
         return {"phase": self._phase, "step": self._step}
 
+    @property
+    def step_seconds(self) -> float | None:
+        """Median length of the steps so far; None until enough are measured."""
+        return median(self._steps) if len(self._steps) >= MEASURED_STEPS else None
+
     def heartbeat(self) -> dict[str, Any]:
         """Place; phase_seconds: in it so far; spent: {phase: seconds}; step_seconds: median, None as yet unknown."""
         with self._lock:
             inside = time.monotonic() - self._since
             spent = self._spent | {self._phase: self._spent.get(self._phase, 0.0) + inside}
-            usual = median(self._steps) if len(self._steps) >= MEASURED_STEPS else None
-            return {**self.place(), "phase_seconds": inside, "spent": spent, "step_seconds": usual}
+            return {**self.place(), "phase_seconds": inside, "spent": spent, "step_seconds": self.step_seconds}
 
 
 class Session:
@@ -147,7 +151,7 @@ class Session:
         self.owned = ExitStack()
         self._send, self._stop = send, threading.Event()
         self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._phases = Phases()
+        self.phases = Phases()
         self._process = {"host": socket.gethostname(), "pid": os.getpid()}
         self._closing, self._wake, self._idle = threading.Event(), threading.Event(), threading.Condition()
         self._pending = 0
@@ -165,7 +169,7 @@ class Session:
 
     def phase(self, name: str, step: int) -> None:
         """Say what this rank is doing now: start, data, forward, backward, step, evaluation, save, restore."""
-        self._phases.enter(name, step)
+        self.phases.enter(name, step)
         if (name, step) in self._kills:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -180,7 +184,7 @@ class Session:
         self.record(
             "error",
             rank=self.world.rank,
-            **self._phases.place(),
+            **self.phases.place(),
             type=type(error).__name__,
             message=str(error),
             traceback="".join(traceback.format_exception(error)),
@@ -216,7 +220,7 @@ class Session:
             while not self._records.empty():
                 records.append(self._records.get())
             try:
-                if self._send(self.world.rank, records, self._process | self._phases.heartbeat()):
+                if self._send(self.world.rank, records, self._process | self.phases.heartbeat()):
                     self._stop.set()
             except BaseException as error:
                 # The driver or its journal is gone. The loop learns it at the next flush, before anything is committed.

@@ -14,22 +14,20 @@ import time
 
 import xxhash
 
-from pipeline import ema, tasks
+from pipeline import ema, replicas, tasks
 from pipeline.checkpoint import format as checkpoints
-from pipeline.checkpoint import probe, uploads
-from pipeline.checkpoint.retention import Keeper, Retention
-from pipeline.checkpoint.saver import Saved, Saver
-from pipeline.checkpoint.uploads import Uploader
+from pipeline.checkpoint import probe
 from pipeline.config import Config
 from pipeline.data.fill import MicroBatch
 from pipeline.data.stream import Stream
+from pipeline.engine import StepResult
 from pipeline.errors import CheckpointError
 from pipeline.evaluate import add, evaluate, flat, means, on_device
 from pipeline.guard import NonFinite, share_substitutes
 from pipeline.learner import Learner, build, restore, setup
 from pipeline.optim import learning_rate
 from pipeline.randomness import Randomness
-from pipeline.run import newest_attempt
+from pipeline.saving import Saving
 from pipeline.session import Session
 
 
@@ -50,45 +48,31 @@ def train(config: Config, session: Session) -> str:
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
     guard = NonFinite(config.guard)
-    uploader = uploads.sending(config, session)
-    saver = saving(config, session, learner, uploader)
+    saving = Saving(config, session, learner, data, first)
     loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
 
     # ------------------------------------------------------------ loop
-    step, outcome, saved = first, "done", first if restored else None
+    step, outcome = first, "done"
     while step < config.steps:
         began = time.perf_counter()
         session.phase("data", step)
         batches = loader.step(step)  # A micro batches; which rows they hold does not depend on the world size
         terms = sum(task.weight(micro.batch) for micro in batches if not micro.filler)
         bad = sum(len(micro.found) for micro in batches)
-        terms, stop, bad, ready = world.gather([terms, session.stop_requested, bad, saver.ready]).sum(axis=0)
+        terms, stop, bad, ready = world.gather([terms, session.stop_requested, bad, saving.ready]).sum(axis=0)
         if ready == world.world_size:
-            settle(session, saver.advance())
+            saving.advance()
         if bad:
             share_substitutes(session, step, batches, data.substitutes, config.data)
         if stop:
             outcome = "stopped"
             break
 
-        # Forward and backward. Gradients are summed over all micro batches: each term of the batch weighs the same.
-        sums: tasks.Sums = {}
-        learner.running.begin()
-        for micro in batches if terms else ():
-            scale = 0.0 if micro.filler else 1.0 / terms
-            with randomness.draws(step, micro.index):
-                session.phase("forward", step)
-                loss, sums_of_micro = task.loss(engine.model, on_device(micro.batch, world.device))
-                session.phase("backward", step)
-                engine.backward(loss * scale)
-            if not micro.filler:
-                add(sums, sums_of_micro)
-                learner.running.add()
-
-        # Step: all ranks apply it, or none does.
-        session.phase("step", step)
+        # Forward, backward, step: all ranks apply it, or none does.
         rate = learning_rate(config.optim.schedule, config.optim.lr, step, config.steps)
-        result = engine.step(rate) if terms else None
+        sums, result = compute(session, learner, randomness, step, batches, terms, rate)
+        if result and guard.again(session, step, result):
+            sums, result = compute(session, learner, randomness, step, batches, terms, rate)
         everyone = world.gather([loader.wait_seconds, rows_digest(batches), *flat(sums)])  # [R, 2 + 2 * metrics]
         metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 2:]).items()}
         if result:
@@ -109,76 +93,51 @@ def train(config: Config, session: Session) -> str:
             metrics["data/wait_seconds"] = float(everyone[:, 0].max())
             session.record("step", step=step, metrics=metrics, samples=int(everyone[:, 1].sum()))
         step += 1
+        if due(step, config.guard.replicas_every, config.steps):
+            replicas.compare(engine, world, step)
         if due(step, config.evaluate.every, config.steps):
             score(config, session, learner, step)
-        if due(step, config.checkpoint.every, config.steps):
-            saved = save(config, session, learner, saver, data, step)
+        if saving.due(step):
+            saving.begin(step)
 
     # ------------------------------------------------------------ close
     loader.close()
-    if saved != step:
-        save(config, session, learner, saver, data, step, last=True)
-    settle(session, saver.finish(), last=True)
-    if uploader:
-        session.phase("upload", step)
-        uploader.finish(config.checkpoint.upload_wait_seconds)
+    saving.finish(step)
     if world.rank == 0:
         session.record("end", reason=outcome, step=step)
     session.flush()
     return outcome
 
 
-def saving(config: Config, session: Session, learner: Learner, uploader: Uploader | None) -> Saver:
-    """What saves this run's checkpoints behind its training, has them sent, and deletes those that no rule keeps."""
-    folder = session.run / "checkpoints"
-    keeper = Keeper(folder, Retention.of(config), uploader.protected if uploader else tuple)
-    saver = Saver(
-        learner.engine,
-        session.world,
-        folder,
-        config,
-        attempt=session.attempt,
-        before=session.flush,
-        newest_attempt=lambda: newest_attempt(session.run),
-        committed=uploader.wake if uploader else lambda: None,
-        prune=keeper.prune,
-        copies=config.checkpoint.background,
-    )
-    session.owned.callback(saver.close)
-    return saver
+def compute(
+    session: Session,
+    learner: Learner,
+    randomness: Randomness,
+    step: int,
+    batches: list[MicroBatch],
+    terms: float,
+    rate: float,
+) -> tuple[tasks.Sums, StepResult | None]:
+    """Forward, backward and step on this rank's micro batches: (sums for the metrics, what the step did).
 
-
-def save(
-    config: Config, session: Session, learner: Learner, saver: Saver, data: Stream, step: int, last: bool = False
-) -> int | None:
-    """Begin to save the state after `step` steps. Returns `step`, None when the disk has refused it."""
-    session.phase("save", step)
-    settle(session, saver.finish(), last)  # the one before, if it is still under way
-    metrics = learner.scores if learner.scored_step == step else {}
-    refused = saver.begin(step, data=data.state, buffers=learner.running.values, metrics=metrics)
-    settle(session, refused, last)
-    if not config.checkpoint.background:
-        settle(session, saver.finish(), last)
-    return None if refused else step
-
-
-def settle(session: Session, saved: Saved | None, last: bool = False) -> None:
-    """Record how a save ended. One that failed raises CheckpointError when it was the last; else training goes on."""
-    if saved is None:
-        return
-    if saved.path is None:
-        if last:
-            raise CheckpointError(saved.failure or "")
-        if session.world.rank == 0:
-            session.record("save_failed", step=saved.step, message=saved.failure)
-    elif session.world.rank == 0:
-        metrics = {
-            "checkpoint/save_seconds": saved.seconds,
-            "checkpoint/blocked_seconds": saved.blocked_seconds,
-            "checkpoint/bytes": saved.bytes,
-        }
-        removed = [old.name for old in saved.removed]
-        session.record("save", step=saved.step, path=saved.path.name, metrics=metrics, removed=removed)
+    Gradients are summed over all micro batches: each of the batch's `terms` weighs the same. Without any, nothing is
+    computed.
+    """
+    task, engine, device = learner.task, learner.engine, session.world.device
+    sums: tasks.Sums = {}
+    learner.running.begin()
+    for micro in batches if terms else ():
+        scale = 0.0 if micro.filler else 1.0 / terms
+        with randomness.draws(step, micro.index):
+            session.phase("forward", step)
+            loss, sums_of_micro = task.loss(engine.model, on_device(micro.batch, device))
+            session.phase("backward", step)
+            engine.backward(loss * scale)
+        if not micro.filler:
+            add(sums, sums_of_micro)
+            learner.running.add()
+    session.phase("step", step)
+    return sums, engine.step(rate) if terms else None
 
 
 def score(config: Config, session: Session, learner: Learner, step: int) -> None:

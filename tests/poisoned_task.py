@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ class Config(Strict):
     name: str
     poison: tuple[int, ...] = ()  # sample numbers whose loss is NaN
     mute: bool = False  # no sample counts in the loss
+    once: str | None = None  # a file that is taken away when found, and then one loss is NaN
 
 
 class Task:
@@ -39,6 +42,10 @@ class Task:
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         error = (model(batch["pixels"]).squeeze(1).float() - batch["target"]).square().sum()
+        if self.config.once is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(self.config.once)
+                error = error * float("nan")
         return error, {"loss": (error.detach(), len(batch["target"]))}
 
     def score(self, model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:

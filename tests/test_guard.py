@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from pipeline import config as configs
+from pipeline import replicas
 from pipeline.errors import RunError
 from pipeline.run import Run
 from pipeline.session import World
-from tests import gloo, small_data
+from tests import gloo, small_data, small_run
 from tests.small_session import of_kind, records_of
 
 TASK = {"name": "tests.poisoned_task", "poison": [5]}
@@ -31,7 +32,31 @@ def policies(world: World, path: Path, runs: Path) -> dict[str, Any]:
             found[name] = records_of(world, configs.load(path, [change]), runs / name)
         except RunError as error:
             found[name] = str(error)
+    for name, change in {"quiet": "task.poison=[]", "once": f"task.once={path.parent}/once"}.items():
+        if name == "once" and world.rank == 1:
+            (path.parent / "once").touch()
+        world.barrier()
+        found[name] = records_of(world, configs.load(path, ["task.poison=[]", change]), runs / name)
+    found["diverged"] = diverged(world)
     return found
+
+
+def diverged(world: World) -> list[str]:
+    """What is said of a rank whose weights are others, at every stage that has whole ones, and of good ones."""
+    from pipeline import replicas
+
+    said = []
+    for stage in (0, 1, 2):
+        settings = small_run.config("words", stage)
+        engine = small_run.start(world, settings, "words")
+        replicas.compare(engine, world, 7)
+        if world.rank == 1:
+            next(iter(engine.module.parameters())).data.view(-1)[3].add_(1e-3)
+        with pytest.raises(replicas.Diverged) as error:
+            replicas.compare(engine, world, 7)
+        said.append(str(error.value))
+        engine.close()
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +79,30 @@ def test_a_poisoned_step_is_skipped_and_its_samples_named(two: list[dict[str, An
         assert 5 in named and len(named) == 16
     losses = {record["step"]: record["metrics"]["train/loss"] for record in of_kind(records[0], "step")}
     assert all((losses[step] != losses[step]) == (step in skipped[0]) for step in range(12))
+
+
+def test_a_fault_that_does_not_repeat_leaves_no_trace(
+    two: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One NaN on rank 1, once: the step is computed again, and losses and weights are those of the quiet run."""
+    import torch
+    from safetensors.torch import load_file
+
+    assert [len(of_kind(two[0]["once"], kind)) for kind in ("recompute", "skip")] == [1, 0]
+    curves = [[r["metrics"]["train/loss"] for r in of_kind(two[0][name], "step")] for name in ("quiet", "once")]
+    assert curves[0] == curves[1]
+    [runs] = tmp_path_factory.getbasetemp().glob("guard[0-9]*/runs")
+    [quiet], [once] = (Run(runs / name).checkpoints() for name in ("quiet", "once"))
+    for file in quiet.path.glob("*.safetensors"):
+        left, right = load_file(file), load_file(once.path / file.name)
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_ranks_that_hold_other_weights_are_named(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert all("step 7: ranks 0, 1 differ in " in text for text in rank["diverged"])
+    assert replicas.who([1, 1, 5, 1]) == "rank 2 differs from the others"
+    assert replicas.who([1, 5, 5, 1, 1, 6]) == "ranks 1, 2, 5 differ from the others"
 
 
 def test_the_policy_stop_ends_all_ranks(two: list[dict[str, Any]]) -> None:

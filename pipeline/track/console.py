@@ -95,6 +95,12 @@ class Console:
                 self.say(record["message"], style="bold yellow")
             case "skip":
                 self.say(f"step {record['step']:>6}  skipped: {record['reason']}", style="yellow")
+            case "recompute":
+                self.say(f"step {record['step']:>6}  computed once more: {record['reason']}", style="yellow")
+            case "cadence":
+                self.say(
+                    f"step {record['step']:>6}  from now on a checkpoint every {record['every']} steps", style="dim"
+                )
             case "substitute":
                 self.say(f"step {record['step']:>6}  bad sample replaced: {record['reason']}", style="yellow")
             case "warning":

@@ -1,0 +1,64 @@
+"""When to save next: every so many steps, or as often as pays.
+
+    every: 100     after every step whose number is a multiple
+    every: auto    so far apart that saving and the work that a failure undoes cost least together:
+                   sqrt(2 x seconds that a save holds up training x seconds between failures)
+
+The formula is that of Young (1974) and Daly (2006). The cost of a save and the length of a step are measured as the
+run goes, the slowest rank's; the time between failures is what the configuration says, corrected by the failures that
+the run has had. What it gives up: with `auto` other steps are saved in every run; what is computed is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pipeline.checkpoint.saver import Saved
+from pipeline.sections import Checkpoint
+from pipeline.session import World
+
+FIRST_STEPS = 20  # after which the first save shows what a save costs; until then a step's usual length is not known
+
+
+class Cadence:
+    """Which steps are saved. All ranks make the same calls and get the same answers."""
+
+    def __init__(self, world: World, rule: Checkpoint, first: int, between_failures: float) -> None:
+        self._world, self._every, self._mean = world, rule.every, between_failures
+        self._interval = FIRST_STEPS
+        self._next = first + FIRST_STEPS
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` steps."""
+        return step >= self._next if isinstance(self._every, str) else step % self._every == 0
+
+    def began(self, step: int) -> None:
+        """A save of the state after `step` steps has begun."""
+        self._next = step + self._interval
+
+    def learn(self, saved: Saved, step_seconds: float | None) -> int | None:
+        """What a save has cost this rank, and how long its steps are; the new interval in steps, if it is another."""
+        if self._every != "auto":
+            return None
+        blocked, step = self._world.gather([saved.blocked_seconds, step_seconds or 0.0]).max(axis=0).tolist()
+        before, self._interval = self._interval, interval(blocked, step, self._mean) or self._interval
+        self._next += self._interval - before
+        return self._interval if self._interval != before else None
+
+
+def interval(save_seconds: float, step_seconds: float, between_failures: float) -> int | None:
+    """Steps between saves, at least one; None when the length of a step is not known."""
+    if not step_seconds:
+        return None
+    return max(1, round(math.sqrt(2 * save_seconds * between_failures) / step_seconds))
+
+
+def between_failures(rule: Checkpoint, records: Iterable[Mapping[str, Any]]) -> float:
+    """Seconds between failures: what is assumed counts as one failure in that time, beside those of the journal."""
+    failures, clocks = 1, {}
+    for record in records:
+        failures += record["kind"] == "failure"
+        clocks.setdefault(record["attempt"], []).append(record["time"])
+    return (rule.failure_hours * 3600 + sum(max(times) - min(times) for times in clocks.values())) / failures

@@ -1,0 +1,102 @@
+"""When a run is saved and what becomes of it: written behind training, sent to a second home, old ones deleted, told.
+
+due -> begin -> (training goes on) -> advance, when every rank has written -> recorded; finish at the end
+"""
+
+from __future__ import annotations
+
+from pipeline.checkpoint import uploads
+from pipeline.checkpoint.cadence import Cadence, between_failures
+from pipeline.checkpoint.retention import Keeper, Retention
+from pipeline.checkpoint.saver import Saved, Saver
+from pipeline.config import Config
+from pipeline.data.stream import Stream
+from pipeline.errors import CheckpointError
+from pipeline.learner import Learner
+from pipeline.run import newest_attempt
+from pipeline.session import Session
+from pipeline.track import journal
+
+
+class Saving:
+    """The saves of one attempt that began at step `first`. All ranks make the same calls."""
+
+    def __init__(self, config: Config, session: Session, learner: Learner, data: Stream, first: int) -> None:
+        self._config, self._session, self._learner, self._data = config, session, learner, data
+        self._saved = first  # the step of the last checkpoint that was begun, or that this attempt began from
+        world, folder = session.world, session.run / "checkpoints"
+        records = journal.read(session.run / "journal.jsonl").records if world.rank == 0 else []
+        rule = config.checkpoint
+        self._cadence = Cadence(world, rule, first, between_failures(rule, records))
+        self._uploader = uploads.sending(config, session)
+        keeper = Keeper(folder, Retention.of(config), self._uploader.protected if self._uploader else tuple)
+        self._saver = Saver(
+            learner.engine,
+            world,
+            folder,
+            config,
+            attempt=session.attempt,
+            before=session.flush,
+            newest_attempt=lambda: newest_attempt(session.run),
+            committed=self._uploader.wake if self._uploader else lambda: None,
+            prune=keeper.prune,
+            copies=rule.background,
+        )
+        session.owned.callback(self._saver.close)
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has written its part; once all are, `advance` has something to do."""
+        return self._saver.ready
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` steps; the last one always."""
+        return step == self._config.steps or self._cadence.due(step)
+
+    def begin(self, step: int, last: bool = False) -> None:
+        """Begin to save the state after `step` steps. A disk that refuses is recorded, and raises at the last step."""
+        self._session.phase("save", step)
+        self._settle(self._saver.finish(), last)  # the one before, if it is still under way
+        scored = self._learner.scores if self._learner.scored_step == step else {}
+        refused = self._saver.begin(step, data=self._data.state, buffers=self._learner.running.values, metrics=scored)
+        self._cadence.began(step)
+        self._settle(refused, last)
+        self._saved = self._saved if refused else step
+        if not self._config.checkpoint.background:
+            self._settle(self._saver.finish(), last)
+
+    def advance(self) -> None:
+        """Commit what all ranks have written."""
+        self._settle(self._saver.advance())
+
+    def finish(self, step: int) -> None:
+        """See to it that the state after `step` steps is saved, and sent. Raises CheckpointError when it cannot be."""
+        if self._saved != step or step == 0:
+            self.begin(step, last=True)
+        self._settle(self._saver.finish(), last=True)
+        if self._uploader:
+            self._session.phase("upload", step)
+            self._uploader.finish(self._config.checkpoint.upload_wait_seconds)
+
+    def _settle(self, saved: Saved | None, last: bool = False) -> None:
+        """Record how a save ended. One that failed raises CheckpointError if it was the last; else training goes on."""
+        if saved is None:
+            return
+        first_rank, session = self._session.world.rank == 0, self._session
+        if saved.path is None:
+            if last:
+                raise CheckpointError(saved.failure or "")
+            if first_rank:
+                session.record("save_failed", step=saved.step, message=saved.failure)
+            return
+        every = self._cadence.learn(saved, session.phases.step_seconds)
+        if first_rank:
+            metrics = {
+                "checkpoint/save_seconds": saved.seconds,
+                "checkpoint/blocked_seconds": saved.blocked_seconds,
+                "checkpoint/bytes": saved.bytes,
+            }
+            removed = [old.name for old in saved.removed]
+            session.record("save", step=saved.step, path=saved.path.name, metrics=metrics, removed=removed)
+            if every is not None:
+                session.record("cadence", step=saved.step, every=every)

@@ -1,0 +1,53 @@
+"""How often to save: the formula, and what the run learns."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline import config as configs
+from pipeline.checkpoint import cadence
+from pipeline.cluster import driver
+from pipeline.run import Run
+from pipeline.sections import Checkpoint
+from tests import small_data
+
+
+def test_the_interval_is_the_one_that_costs_least() -> None:
+    """Against the sum itself: saves hold up, and a failure undoes half an interval on average."""
+    save, step, mean = 3.0, 0.5, 3600.0
+
+    def lost(steps: int) -> float:
+        seconds = steps * step
+        return save / seconds + seconds / 2 / mean
+
+    best = min(range(1, 2000), key=lost)
+    assert cadence.interval(save, step, mean) == pytest.approx(best, abs=1)
+    assert cadence.interval(0.0, step, mean) == 1
+    assert cadence.interval(save, 0.0, mean) is None
+
+
+def test_failures_of_the_run_count() -> None:
+    rule = Checkpoint(every="auto", failure_hours=2)
+    assert cadence.between_failures(rule, []) == 7200
+    records = [{"kind": "attempt", "attempt": a, "time": 1000.0 * a} for a in (1, 2)]
+    records += [{"kind": "failure", "attempt": a, "time": 1000.0 * a + 600} for a in (1, 2)]
+    assert cadence.between_failures(rule, records) == pytest.approx((7200 + 1200) / 3)
+
+
+def test_a_run_finds_its_interval(tmp_path: Path) -> None:
+    pictures = small_data.images(tmp_path / "pictures")
+    task = {"name": "tests.poisoned_task"}
+    path = small_data.config(tmp_path / "toy.yaml", task, pictures, steps=120, data={"train": str(pictures)})
+    changes = ["cluster.workers=0", "checkpoint.every=auto", "checkpoint.failure_hours=0.001"]
+    assert driver.run(configs.load(path, changes)) == driver.DONE
+    run = Run(tmp_path / "runs" / "toy")
+    saves = [record["step"] for record in run.records() if record["kind"] == "save"]
+    learnt = [record for record in run.records() if record["kind"] == "cadence"]
+    assert saves[0] == cadence.FIRST_STEPS and saves[-1] == 120 and learnt
+    blocked = next(r["metrics"]["checkpoint/blocked_seconds"] for r in run.records() if r["kind"] == "save")
+    steps = sorted(run.curve("time/step_seconds")[1][:20])
+    expected = math.sqrt(2 * blocked * 3.6) / steps[10]
+    assert learnt[0]["every"] == pytest.approx(expected, rel=0.8, abs=2)
