@@ -71,9 +71,13 @@ class Outbox:
         Raises CheckpointError when the store fails; what it held then is asked anew the next time.
         """
         try:
-            while pending := self.pending():
+            pending = self.pending()
+            if not pending:
+                self._tidy()  # a kill may have come between the sending and this
+            while pending:
                 yield self._send_one(pending[0])
                 self._tidy()
+                pending = self.pending()
         except CheckpointError:
             self._sure = False
             raise

@@ -10,6 +10,8 @@ import sys
 import time
 import urllib.request
 
+from s3fs import S3FileSystem
+
 BUCKET = "shelf"
 SERVER = (
     "import ctypes, signal, sys\n"
@@ -45,6 +47,7 @@ class ObjectStore:
             except OSError:
                 assert self._process.poll() is None, "the S3 server did not start"
                 time.sleep(0.05)
+        S3FileSystem.clear_instance_cache()  # it keeps clients, of servers that are no more among them
         self._ask("PUT", f"/{BUCKET}")
 
     def refuse(self, refusing: bool) -> None:
