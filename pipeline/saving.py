@@ -55,8 +55,9 @@ class Saving:
 
     def begin(self, step: int, last: bool = False) -> None:
         """Begin to save the state after `step` steps. A disk that refuses is recorded, and raises at the last step."""
-        self._session.phase("save", step)
+        self._session.phase("commit", step)
         self._settle(self._saver.finish(), last)  # the one before, if it is still under way
+        self._session.phase("save", step)
         scored = self._learner.scores if self._learner.scored_step == step else {}
         refused = self._saver.begin(step, data=self._data.state, buffers=self._learner.running.values, metrics=scored)
         self._cadence.began(step)
@@ -73,6 +74,7 @@ class Saving:
         """See to it that the state after `step` steps is saved, and sent. Raises CheckpointError when it cannot be."""
         if self._saved != step or step == 0:
             self.begin(step, last=True)
+        self._session.phase("commit", step)
         self._settle(self._saver.finish(), last=True)
         if self._uploader:
             self._session.phase("upload", step)

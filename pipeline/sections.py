@@ -193,7 +193,8 @@ class Stall(Strict):
     data: float = Field(default=300, gt=0, description="waiting for the next samples")
     step: float = Field(default=600, gt=0, description="until 20 steps are measured; then 10 medians, at least 9 s")
     evaluation: float = Field(default=3600, gt=0, description="all held-out sets")
-    save: float = Field(default=1800, gt=0, description="waiting for a checkpoint")
+    save: float = Field(default=1800, gt=0, description="copying the state of a checkpoint, or writing it in between")
+    commit: float = Field(default=1800, gt=0, description="waiting for a checkpoint that is being written")
     upload: float = Field(default=7200, gt=0, description="sending the last checkpoints to their second home")
 
 

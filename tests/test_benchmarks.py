@@ -36,6 +36,7 @@ def cells(lines: list[str]) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
 
 
+@pytest.mark.slow
 def test_exports_stand_beside_save_pretrained(tmp_path: Path) -> None:
     rows = cells(script("export.py", "--size toy --repeats 1 --shard-mb 1", tmp_path))
     assert [row[:2] for row in rows] == [
@@ -61,6 +62,7 @@ def test_starts_are_timed(tmp_path: Path) -> None:
     assert len(seconds) == 2 and 0 < seconds[0] < seconds[1]
 
 
+@pytest.mark.slow
 def test_gpu_check_runs_on_cpu_and_says_what_that_is_worth(tmp_path: Path) -> None:
     lines = script("gpu_check.py", "--cpu --stage 2 --dtype fp32", tmp_path)
     assert "says nothing about GPUs" in lines[0] and lines[-1] == lines[0]

@@ -18,6 +18,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_saves_and_loads_are_timed_beside_deepspeed_s(tmp_path: Path) -> None:
     lines = script("checkpoint.py", "--size toy --rounds 1 --stage 3 --one-way", tmp_path)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| 3")]

@@ -45,6 +45,7 @@ def run(arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_loaders_take_turns(data: Path) -> None:
     settings = "--size toy --no-peers --only tokens --workers 0 --rounds 2 --warmup 0 --seconds 0.01"
     lines = run(f"--data {data} {settings}")

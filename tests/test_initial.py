@@ -137,6 +137,7 @@ def found(root: Path, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
     return gloo.run(on_four, 4, root, paths, timeout=300)
 
 
+@pytest.mark.slow
 def test_no_rank_holds_the_network_at_stage_3(found: list[dict[str, Any]]) -> None:
     """A share is a quarter; what comes on top is one parameter and what the allocator cannot give back."""
     for grown, size in (each["growth"] for each in found):

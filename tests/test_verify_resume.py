@@ -65,6 +65,7 @@ def test_a_run_that_can_be_resumed(pictures: Path) -> None:
     assert report.environment["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_state_that_no_checkpoint_holds_is_found(pictures: Path) -> None:
     report, _ = verified(alone(pictures, FORGETFUL), steps=3, more=2)
     assert not report.passed
@@ -176,6 +177,7 @@ def ray_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("millstream-ray-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stop_leaves_nothing_behind(pictures: Path, stop: signal.Signals) -> None:
     """In the middle of a run of two workers under Ray."""

@@ -18,7 +18,7 @@ from itertools import zip_longest
 from typing import Any
 
 KINDS: tuple[str, ...] = ("useful", "data", "save", "evaluation", "restore", "start", "rework", "idle")
-_KIND_OF_PHASE = {"forward": "useful", "backward": "useful", "step": "useful", "upload": "save"}
+_KIND_OF_PHASE = dict.fromkeys(("forward", "backward", "step"), "useful") | dict.fromkeys(("commit", "upload"), "save")
 
 
 def ledger(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
