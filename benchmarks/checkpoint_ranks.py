@@ -84,6 +84,7 @@ class Saving:
         self.step += 1
         settled(self.world)
         assert self.behind.begin(self.step, data={}, buffers={}) is None
+        self.behind.hold()  # at once, though in a run forward and backward come between
         saved = None
         while saved is None:
             time.sleep(POLL_SECONDS)

@@ -66,6 +66,10 @@ class Saving:
         if not self._config.checkpoint.background:
             self._settle(self._saver.finish(), last)
 
+    def hold(self) -> None:
+        """Call before a step: it must not change what is still being copied."""
+        self._saver.hold()
+
     def advance(self) -> None:
         """Commit what all ranks have written."""
         self._settle(self._saver.advance())

@@ -70,9 +70,9 @@ def train(config: Config, session: Session) -> str:
 
         # Forward, backward, step: all ranks apply it, or none does.
         rate = learning_rate(config.optim.schedule, config.optim.lr, step, config.steps)
-        sums, result = compute(session, learner, randomness, step, batches, terms, rate)
+        sums, result = compute(session, learner, saving, randomness, step, batches, terms, rate)
         if result and guard.again(session, step, result):
-            sums, result = compute(session, learner, randomness, step, batches, terms, rate)
+            sums, result = compute(session, learner, saving, randomness, step, batches, terms, rate)
         everyone = world.gather([loader.wait_seconds, rows_digest(batches), *flat(sums)])  # [R, 2 + 2 * metrics]
         metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 2:]).items()}
         if result:
@@ -112,6 +112,7 @@ def train(config: Config, session: Session) -> str:
 def compute(
     session: Session,
     learner: Learner,
+    saving: Saving,
     randomness: Randomness,
     step: int,
     batches: list[MicroBatch],
@@ -137,6 +138,7 @@ def compute(
             add(sums, sums_of_micro)
             learner.running.add()
     session.phase("step", step)
+    saving.hold()
     return sums, engine.step(rate) if terms else None
 
 

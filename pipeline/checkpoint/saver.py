@@ -1,6 +1,7 @@
 """Saving behind the training: a copy in host memory now, the disk later, at most one checkpoint in flight.
 
-    begin     capture (shards) -> copy into buffers of our own; training goes on, a thread writes this rank's file
+    begin     capture (shards); training goes on, a thread copies into buffers of our own, then writes this rank's file
+    hold      before the next step changes the state: wait until it is copied, which forward and backward have hidden
     advance   once every rank's file is on the disk: digests gathered, a thread of rank 0 commits and deletes old ones
 
 What other threads do, each rank tells by `ready`, which the loop carries in the gather that a step needs anyway. So all
@@ -57,12 +58,13 @@ class _Flight:
     snapshot: shards.Snapshot
     began: float
     bytes: int
+    copying: Future[shards.Snapshot] | None = None
     blocked_seconds: float = 0.0
     committing: bool = False
 
 
 class Saver:
-    """One rank's part in saving; all ranks call `begin`, `advance` and `finish` together.
+    """One rank's part in saving; all ranks call `begin`, `advance` and `finish` together, and each `hold` by itself.
 
     before: run in the writing thread first (the journal must be durable up to the step).  newest_attempt: asked at the
     commit, on rank 0.  committed: told after it, on rank 0.  prune: then deletes old checkpoints, and says which.
@@ -120,12 +122,20 @@ class Saver:
         except CheckpointError as error:
             waited = time.perf_counter() - began
             return Saved(step, None, str(error), waited, waited, total)
+        flight = self._flight = _Flight(step, staging, noted, snapshot, began, total)
         if self._copies:
-            snapshot = self._copied(snapshot)
-        self._flight = _Flight(step, staging, noted, snapshot, began, total)
-        self._job = self._thread.submit(self._write, staging, snapshot)
-        self._flight.blocked_seconds = time.perf_counter() - began
+            flight.copying = self._thread.submit(self._copied, snapshot)
+        self._job = self._thread.submit(self._write, flight, flight.copying)
+        flight.blocked_seconds = time.perf_counter() - began
         return None
+
+    def hold(self) -> None:
+        """Wait until what is in flight no longer looks at the engine's state; then a step may change it."""
+        if self._flight is not None and self._flight.copying is not None:
+            began = time.perf_counter()
+            self._flight.copying.result()
+            self._flight.blocked_seconds += time.perf_counter() - began
+            self._flight.copying = None
 
     def advance(self) -> Saved | None:
         """The next collective part, once all ranks are `ready`; how the save ended, when that was the last.
@@ -161,10 +171,11 @@ class Saver:
         """End the thread; what is in flight is left to the sweep of the next save."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _write(self, staging: Path, snapshot: shards.Snapshot) -> FileDigest:
+    def _write(self, flight: _Flight, copying: Future[shards.Snapshot] | None) -> FileDigest:
+        snapshot = flight.snapshot if copying is None else copying.result()
         shards.check_rounding(snapshot)
         self._before()
-        return format.write(staging / self._file, fragments.file_chunks(snapshot.fragments))
+        return format.write(flight.staging / self._file, fragments.file_chunks(snapshot.fragments))
 
     @property
     def _file(self) -> str:

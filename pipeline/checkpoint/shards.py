@@ -61,7 +61,8 @@ class Snapshot:
 
 
 def capture(engine: Engine, buffers: Mapping[str, Tensor]) -> Snapshot:
-    """Everything that must be kept to go on, without copying: valid until the next step. All ranks call it together.
+    """Everything that must be kept to go on, parameters without copying: valid until the next step changes them. All
+    ranks call it together.
 
     `buffers` are tensors beside the module's own, equal on all ranks (running statistics). Raises CheckpointError when
     ranks that should hold the same do not. Whether the weights of the forward pass are the rounded masters is left to
@@ -71,7 +72,7 @@ def capture(engine: Engine, buffers: Mapping[str, Tensor]) -> Snapshot:
     found = list(layouts.pieces(engine))
     agree(engine.world, next(filter(None, map(_without_master, found)), None))
     whole = [(p, Fragment(p.name, key, p.start, t)) for p in found for key, t in p.state.items()]
-    flat = ((name, tensor.detach().reshape(-1)) for name, tensor in buffers.items())
+    flat = ((name, tensor.detach().reshape(-1).clone()) for name, tensor in buffers.items())  # a forward may change it
     whole += [(layouts.Piece(name, 0, (), {}, True), Fragment(name, layouts.VALUE, 0, t)) for name, t in flat]
     scalars = _scalars(engine)
     _check_replicas(engine, [fragment for piece, fragment in whole if piece.replicated], scalars)

@@ -37,6 +37,7 @@ def scenes(world: World, root: Path) -> dict[str, Any]:
     small_run.curve(engine, world, settings, "words", 0, 2)
     at_2 = small_run.state(engine)
     assert saver.begin(2, **facts) is None
+    saver.hold()
     small_run.curve(engine, world, settings, "words", 2, 4)
     said["in flight"] = (saver.ready, [each.step for each in list_checkpoints(root)])
     gate.set()
