@@ -84,7 +84,9 @@ class Saving:
         self.step += 1
         settled(self.world)
         assert self.behind.begin(self.step, data={}, buffers={}) is None
-        self.behind.hold()  # at once, though in a run forward and backward come between
+        forward_and_backward(self.engine)  # of two rows, the least that a step does before it changes the state
+        self.behind.hold()
+        self.engine.step(1e-3)
         saved = None
         while saved is None:
             time.sleep(POLL_SECONDS)
@@ -180,9 +182,17 @@ def built(world: World, size: str, stage: int) -> tuple[Config, Engine]:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(matrices)))
     engine = engines.build(config, model, world)
-    engine.backward(engine.model(torch.randn(2, width, dtype=torch.bfloat16)).float().square().sum())
+    forward_and_backward(engine)
     engine.step(1e-3)
     return config, engine
+
+
+def forward_and_backward(engine: Engine) -> None:
+    """Of one micro batch of two rows."""
+    import torch
+
+    width = next(module.in_features for module in engine.module.modules() if isinstance(module, torch.nn.Linear))
+    engine.backward(engine.model(torch.randn(2, width, dtype=torch.bfloat16)).float().square().sum())
 
 
 def settled(world: World) -> None:
