@@ -23,7 +23,6 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
 app = typer.Typer(name="millstream", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
-app.command("verify-resume", epilog=cli_resume.EXAMPLE)(cli_resume.verify_resume)
 
 
 def main() -> None:
@@ -140,6 +139,9 @@ def evaluate(
     step, scores = driver.evaluate(folder, checkpoint)
     terminal.say(f"{folder.name} after {step:,} steps", "bold")
     terminal.table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in scores.items()])
+
+
+app.command("verify-resume", epilog=cli_resume.EXAMPLE)(cli_resume.verify_resume)
 
 
 def _run_folder(path: Path) -> Path:

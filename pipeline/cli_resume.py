@@ -31,8 +31,9 @@ def verify_resume(
 ) -> None:
     """Prove that a run goes on after a kill as if there had been none.
 
-    Trains without a break; trains, kills every worker with SIGKILL and goes on, with the same number of workers and
-    with another; compares. Exit code 1 when something is not as promised. All of it happens in a temporary folder.
+    Trains without a break. Trains, kills every worker with SIGKILL, goes on
+    with the same number of workers, and with another. Compares. Exit code 1
+    when something is not as promised. All of it is in a temporary folder.
     """
     from pipeline import terminal
     from pipeline.config import load
