@@ -19,21 +19,74 @@ from tests import small_data
 from tests.test_train import RESNET
 
 STEPS = 30
+ROOT = str(Path(__file__).parents[2])
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head without slots; the test adds nodes of one slot each."""
-    from ray.cluster_utils import Cluster
+# In a process of its own: what Ray remembers of one cluster, such as its token, would spoil the next in this one.
+HOLDER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster, nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), {}
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    what, name = line.split()
+    if what == "add":
+        nodes[name] = cluster.add_node(num_cpus=1)
+        print(nodes[name].node_id, flush=True)
+    else:
+        cluster.remove_node(nodes.pop(name), allow_graceful=False)
+        print("gone", flush=True)
+cluster.shutdown()
+"""
 
-    before = os.environ.pop("RAY_AUTH_MODE", None)
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+
+class Nodes:
+    """A head without slots, and nodes of one slot each that are added and lost."""
+
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": ROOT},  # workers inherit it from their node
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.address = self._answer()
+
+    def add(self, name: str) -> str:
+        """Its id, once it is there."""
+        return self._ask(f"add {name}")
+
+    def lose(self, name: str) -> None:
+        self._ask(f"lose {name}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+    def _ask(self, text: str) -> str:
+        assert self._process.stdin is not None
+        print(text, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline().strip()
+        assert answer, "the cluster has ended"
+        return answer
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    made = Nodes(tmp_path)
     yield made
-    made.shutdown()
-    if before is not None:
-        os.environ["RAY_AUTH_MODE"] = before
+    made.close()
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
@@ -48,29 +101,29 @@ def wait_for(folder: Path, attempt: int, step: int, process: subprocess.Popen[st
     raise AssertionError(process.communicate()[0])
 
 
-def test_nodes_are_lost_come_back_and_are_drained(tmp_path: Path, cluster: Any) -> None:
+def test_nodes_are_lost_come_back_and_are_drained(tmp_path: Path, nodes: Nodes) -> None:
     pictures = str(small_data.images(tmp_path / "pictures"))
     data = {"train": pictures, "evaluate": {"test": pictures}}
     task = {**RESNET, "name": "tests.slow_task"}
     config = small_data.config(tmp_path / "toy.yaml", task, tmp_path / "pictures", data=data, steps=STEPS)
     elastic = ["cluster.workers=2", "cluster.min_workers=1", "cluster.grow_seconds=3", "checkpoint.every=4"]
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    root = str(Path(__file__).parents[2])
+    for name in ("stays", "goes"):
+        nodes.add(name)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "train", str(config), *elastic, "--address", cluster.address],
+        [sys.executable, "-m", "pipeline", "train", str(config), *elastic, "--address", nodes.address],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": ROOT},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     folder = tmp_path / "runs" / "toy"
     wait_for(folder, 1, 5, process)
-    cluster.remove_node(nodes[1], allow_graceful=False)
+    nodes.lose("goes")
     wait_for(folder, 2, 9, process)
-    back = cluster.add_node(num_cpus=1)
+    back = nodes.add("back")
     wait_for(folder, 3, 14, process)
-    drain = ["drain-node", "--address", cluster.address, "--node-id", back.node_id, "--reason"]
+    drain = ["drain-node", "--address", nodes.address, "--node-id", back, "--reason"]
     drain += ["DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "120"]
     done = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -83,7 +136,7 @@ def test_nodes_are_lost_come_back_and_are_drained(tmp_path: Path, cluster: Any) 
     assert starts[0] == 0 and starts[1] in (0, 4) and starts[3] > starts[2] > starts[1]
 
     alone = [sys.executable, "-m", "pipeline", "train", str(config), "cluster.workers=0", "name=alone"]
-    subprocess.run(alone, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, check=True, capture_output=True)
+    subprocess.run(alone, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, check=True, capture_output=True)
     expected = {r["step"]: r for r in Run(tmp_path / "runs" / "alone").records() if r["kind"] == "step"}
     steps = {r["step"]: r for r in Run(folder).records() if r["kind"] == "step"}  # the last time each was done
     assert {k: r["samples"] for k, r in steps.items()} == {k: r["samples"] for k, r in expected.items()}
