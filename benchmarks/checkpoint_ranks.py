@@ -111,6 +111,8 @@ class Saving:
 
     def deepspeed(self) -> dict[str, float]:
         """DeepSpeed's own, and what it leaves to the kernel: until its files are on the disk."""
+        from pipeline.checkpoint.disk import sync
+
         seconds = timed(self.world, lambda: self.engine.deepspeed.save_checkpoint(str(self.theirs), tag=TAG))
         files = list(self.theirs.rglob("*.pt"))
         synced = timed(self.world, lambda: [sync(path) for path in files if self.world.rank == 0], settle=False)
@@ -240,11 +242,3 @@ def convert(source: Path, target: Path) -> float:
     if done.returncode:
         raise RuntimeError(f"ds_to_universal failed:\n{done.stdout}\n{done.stderr}")
     return float(done.stdout.rpartition("seconds")[2])
-
-
-def sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

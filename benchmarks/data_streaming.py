@@ -22,22 +22,10 @@ from typing import Any
 import numpy as np
 from data_content import LENGTH, Content
 from data_peers import PREFETCH, cropped, image, pillow_cropped, row
+from peer_import import load
 
 CHUNK_BYTES = 32_000_000
 KINDS = ("images64", "images256", "tokens")
-
-
-def load(name: str) -> Any:
-    """streaming or litdata. Both import torchvision, whose compiled part needs CUDA's libraries; they do not need it,
-    but it must find the names of two of its operators."""
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
-            library.define(f"{operator}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-    load.kept = library  # type: ignore[attr-defined]  # the definitions end with it
-    return importlib.import_module(name)
 
 
 def write(folder: Path) -> None:

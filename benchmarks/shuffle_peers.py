@@ -23,15 +23,9 @@ from collections.abc import Iterator
 def mosaicml(shards: int, size: int, seeds: int, epochs: int) -> Iterator[list[int]]:
     """One list per seed, by the function that its loaders shuffle with, one canonical node, default block."""
     import numpy as np
-    import torch
+    from peer_import import load
 
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    shuffle = importlib.import_module("streaming.base.shuffle").get_shuffle_py1e
+    shuffle = load("streaming.base.shuffle").get_shuffle_py1e
     sizes = np.full(shards, size, np.int64)
     for seed in range(seeds):
         yield [int(number) for epoch in range(epochs) for number in shuffle(sizes, 1, seed, epoch)]
