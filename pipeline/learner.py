@@ -1,6 +1,8 @@
 """What is trained, built in the order that matters: task, network, its first weights, engine; then restored.
 
-seed -> network -> (first weights of a pretrained folder) -> engine -> (the newest good checkpoint)
+    seed -> network -> (first weights of a pretrained folder) -> engine -> (the newest good checkpoint)
+
+What it gives up: without a pretrained folder every rank builds the whole network once, whatever the ZeRO stage.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """When a run is saved and what becomes of it: written behind training, sent to a second home, old ones deleted, told.
 
-due -> begin -> (training goes on) -> advance, when every rank has written -> recorded; finish at the end
+    due -> begin -> (forward, backward) -> hold -> (step ...) -> advance, when all have written -> recorded; finish
+
+What it gives up: a save that fails is told a few steps after it began.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from pipeline.track import journal
 
 
 class Saving:
-    """The saves of one attempt that began at step `first`. All ranks make the same calls."""
+    """The saves of one attempt, which went on from step `restored` (None: from the start). All ranks call alike."""
 
-    def __init__(self, config: Config, session: Session, learner: Learner, data: Stream, first: int) -> None:
+    def __init__(self, config: Config, session: Session, learner: Learner, data: Stream, restored: int | None) -> None:
         self._config, self._session, self._learner, self._data = config, session, learner, data
-        self._saved = first  # the step of the last checkpoint that was begun, or that this attempt began from
-        world, folder = session.world, session.run / "checkpoints"
-        records = journal.read(session.run / "journal.jsonl").records if world.rank == 0 else []
-        rule = config.checkpoint
-        self._cadence = Cadence(world, rule, first, between_failures(rule, records))
+        self._saved = restored  # the step whose checkpoint is there, or under way
+        world, folder, rule = session.world, session.run / "checkpoints", config.checkpoint
+        tells = world.rank == 0 and rule.every == "auto"  # a long run's journal is not read for nothing
+        records = journal.read(session.run / "journal.jsonl").records if tells else []
+        self._cadence = Cadence(world, rule, restored or 0, between_failures(rule, records))
         self._uploader = uploads.sending(config, session)
         keeper = Keeper(folder, Retention.of(config), self._uploader.protected if self._uploader else tuple)
         self._saver = Saver(
@@ -61,8 +63,8 @@ class Saving:
         scored = self._learner.scores if self._learner.scored_step == step else {}
         refused = self._saver.begin(step, data=self._data.state, buffers=self._learner.running.values, metrics=scored)
         self._cadence.began(step)
+        self._saved = step
         self._settle(refused, last)
-        self._saved = self._saved if refused else step
         if not self._config.checkpoint.background:
             self._settle(self._saver.finish(), last)
 
@@ -76,7 +78,7 @@ class Saving:
 
     def finish(self, step: int) -> None:
         """See to it that the state after `step` steps is saved, and sent. Raises CheckpointError when it cannot be."""
-        if self._saved != step or step == 0:
+        if self._saved != step:
             self.begin(step, last=True)
         self._session.phase("commit", step)
         self._settle(self._saver.finish(), last=True)
@@ -90,12 +92,13 @@ class Saving:
             return
         first_rank, session = self._session.world.rank == 0, self._session
         if saved.path is None:
+            self._saved = None
             if last:
                 raise CheckpointError(saved.failure or "")
             if first_rank:
                 session.record("save_failed", step=saved.step, message=saved.failure)
             return
-        every = self._cadence.learn(saved, session.phases.step_seconds)
+        learnt = self._cadence.learn(saved, session.phases.step_seconds)
         if first_rank:
             metrics = {
                 "checkpoint/save_seconds": saved.seconds,
@@ -104,5 +107,5 @@ class Saving:
             }
             removed = [old.name for old in saved.removed]
             session.record("save", step=saved.step, path=saved.path.name, metrics=metrics, removed=removed)
-            if every is not None:
-                session.record("cadence", step=saved.step, every=every)
+            if learnt is not None:
+                session.record("cadence", step=saved.step, **learnt._asdict())

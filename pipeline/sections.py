@@ -204,7 +204,9 @@ class Guard(Strict):
     non_finite: Literal["skip", "stop"] = Field(default="skip", description="on a NaN or infinite loss or gradient")
     max_skipped: Count = Field(default=3, description="skipped steps in a row that end the run")
     recompute: bool = Field(default=True, description="compute such a step once more first: the fault may not repeat")
-    replicas_every: Count | None = Field(default=None, description="steps between comparisons of the ranks' weights")
+    replicas_every: Count | None = Field(
+        default=None, description="steps between comparisons of ranks' weights; null: at the end"
+    )
     collective_timeout_seconds: float = Field(default=600, gt=0, description="seconds a worker waits for the others")
     stall: Stall = Field(default=Stall(), description="when a worker that does not move is taken for stalled")
 

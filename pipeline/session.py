@@ -168,8 +168,9 @@ class Session:
         return self._stop.is_set()
 
     def phase(self, name: str, step: int) -> None:
-        """Say what this rank is doing now: start, restore, data, forward, backward, step,
-        evaluation, commit, save, upload."""
+        """Say what this rank is doing now: start, restore, data, forward, backward, step, evaluation, commit, save or
+        upload.
+        """
         self.phases.enter(name, step)
         if (name, step) in self._kills:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -48,7 +48,7 @@ def train(config: Config, session: Session) -> str:
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
     guard = NonFinite(config.guard)
-    saving = Saving(config, session, learner, data, first)
+    saving = Saving(config, session, learner, data, restored.step if restored else None)
     loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
 
     # ------------------------------------------------------------ loop

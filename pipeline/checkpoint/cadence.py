@@ -13,13 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.checkpoint.saver import Saved
 from pipeline.sections import Checkpoint
 from pipeline.session import World
 
 FIRST_STEPS = 20  # after which the first save shows what a save costs; until then a step's usual length is not known
+
+
+class Learnt(NamedTuple):
+    """Another interval, in steps, and what it follows from: seconds that a save waits, that a step takes."""
+
+    every: int
+    save_seconds: float
+    step_seconds: float
 
 
 class Cadence:
@@ -38,14 +46,14 @@ class Cadence:
         """A save of the state after `step` steps has begun."""
         self._next = step + self._interval
 
-    def learn(self, saved: Saved, step_seconds: float | None) -> int | None:
-        """What a save has cost this rank, and how long its steps are; the new interval in steps, if it is another."""
+    def learn(self, saved: Saved, step_seconds: float | None) -> Learnt | None:
+        """What a save has cost this rank, and how long its steps are; the new interval, if it is another."""
         if self._every != "auto":
             return None
         blocked, step = self._world.gather([saved.blocked_seconds, step_seconds or 0.0]).max(axis=0).tolist()
         before, self._interval = self._interval, interval(blocked, step, self._mean) or self._interval
         self._next += self._interval - before
-        return self._interval if self._interval != before else None
+        return Learnt(self._interval, blocked, step) if self._interval != before else None
 
 
 def interval(save_seconds: float, step_seconds: float, between_failures: float) -> int | None:

@@ -127,6 +127,8 @@ class Attempt:
     def leaving(self) -> list[str]:
         """Hosts of its workers that are about to go."""
         draining = nodes.draining()
+        if not draining:
+            return []
         return sorted({beat["host"] for beat in self.heartbeats().values() if beat["node"] in draining})
 
     def signal(self, beat: Mapping[str, Any], number: int) -> str:
