@@ -4,8 +4,8 @@
 
 DeepSpeed shares the state among the ranks in a way of its own for each ZeRO stage and precision. Here the differences
 end: at every stage the gradient norm is known, clipping is the same, and a gradient that is not finite changes neither
-weights nor optimizer. What it gives up: in bf16 and fp16, stages 1 to 3 add micro-batch gradients up in fp32, stage 0
-in the low precision: DeepSpeed knows nothing else there.
+weights nor optimizer; gradients are added up in fp32 whatever the precision of the weights. What it gives up: in bf16
+and fp16 that takes twice the weights' own memory at stage 0, where DeepSpeed alone would add in the low precision.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Engine:
         self.offloaded = config.zero.offload_optimizer is not None
         self.clip = config.optim.clip
         self.scaler = LossScale() if self.dtype == torch.float16 else None
+        self.summed = _sum_in_fp32(self.module) if self.stage == 0 and not self.plain else []
         tensors, self.number_keys = optim.state_keys(self.optimizer)
         self.state_keys = (*tensors, optim.EMA) if config.ema else tensors
         self.hyperparameters = _hyperparameters(self.param_groups)
@@ -108,10 +109,11 @@ class Engine:
         """Add one micro batch's gradient; A calls make a step's. `loss` []: sum over its terms / terms of global batch.
 
         Gradients are added up over micro batches and ranks. An average would have to be undone by a factor on the loss,
-        and then each rounding of the backward pass would depend on the number of ranks. Stage 3 can only average.
+        and then each rounding of the backward pass would depend on the number of ranks.
         """
-        if self.stage == 3:
-            loss = loss * self.world.world_size
+        for parameter in self.summed:
+            if parameter.grad is None:  # DeepSpeed would give an unused one a gradient in the low precision
+                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
         if self.stage == 0 and self.loss_scale is not None:
             loss = loss.float() * self.loss_scale  # DeepSpeed's stage 0 divides by the scale but never multiplies
         last = self.deepspeed.is_gradient_accumulation_boundary()
@@ -129,7 +131,7 @@ class Engine:
         scale = self.loss_scale
         norm = self._clip_gradients() if self.plain else None
         finite = norm is None or math.isfinite(norm)
-        with nullcontext() if finite else self._optimizer_idle():
+        with self._undo_average() if self.stage == 3 else nullcontext() if finite else self._optimizer_idle():
             self.deepspeed.step()
         applied = finite and self.deepspeed.was_step_applied()
         if not applied and self.offloaded and self.stage < 3:
@@ -174,6 +176,17 @@ class Engine:
         if self.clip is not None and bool(norm > self.clip) and bool(torch.isfinite(norm)):
             torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))
         return float(norm)
+
+    @contextmanager
+    def _undo_average(self) -> Iterator[None]:
+        """Stage 3 can only average over ranks. Its step divides by the loss scale, in fp32; that undoes it."""
+        optimizer = self.deepspeed.optimizer
+        scale = optimizer.loss_scale
+        optimizer.loss_scale = scale / self.world.world_size
+        try:
+            yield
+        finally:
+            optimizer.loss_scale = scale
 
     @contextmanager
     def _optimizer_idle(self) -> Iterator[None]:
@@ -233,6 +246,14 @@ def init_distributed(world: World) -> None:
     cuda = world.device.type == "cuda"
     os.environ["LOCAL_RANK"] = str(world.device.index if cuda else world.local_rank)  # it takes its device from there
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+
+
+def _sum_in_fp32(module: nn.Module) -> list[nn.Parameter]:
+    """Let autograd add up the gradients of low-precision weights in fp32; the parameters that need it."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad_dtype = torch.float32
+    return trained
 
 
 def _hyperparameters(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def deepspeed_config(config: Config, world_size: int, pinned: bool = False) -> d
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
-        "gradient_allreduce_op": "mean" if config.zero.stage == 3 else "sum",  # see Engine.backward
+        "gradient_allreduce_op": "mean" if config.zero.stage == 3 else "sum",  # see Engine._undo_average
         "bf16": {"enabled": config.precision.dtype == "bf16"},
         "fp16": {"enabled": config.precision.dtype == "fp16", "loss_scale": FIRST},  # static: see loss_scale.py
         "steps_per_print": None,

@@ -7,35 +7,19 @@ knows DeepSpeed.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.checkpoint.manifest import FragmentPlace
 from pipeline.errors import CheckpointError
-
-# dtypes of safetensors that a model's state may have
-_SPELLED = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {spelled: dtype for dtype, spelled in _SPELLED.items()}
+from pipeline.models.tensor_file import DTYPES, SPELLED, Place, header, read_header
 
 
 class Fragment(NamedTuple):
@@ -52,13 +36,13 @@ class Fragment(NamedTuple):
 
     def place(self, file: str) -> FragmentPlace:
         """Its entry in the manifest's table. Raises CheckpointError for a dtype that safetensors does not have."""
-        if self.tensor.dtype not in _SPELLED:
+        if self.tensor.dtype not in SPELLED:
             raise CheckpointError(
                 f"{self.key} of {self.name!r} is {self.tensor.dtype}, which cannot be stored; "
                 "register the buffer with persistent=False, or keep it in another dtype"
             )
         label = f"{self.name}|{self.key}|{self.start}"
-        return FragmentPlace(file, label, self.name, self.key, self.start, self.numel, _SPELLED[self.tensor.dtype])
+        return FragmentPlace(file, label, self.name, self.key, self.start, self.numel, SPELLED[self.tensor.dtype])
 
 
 def check_coverage(
@@ -90,15 +74,8 @@ def check_coverage(
 def file_chunks(fragments: Iterable[Fragment]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file of these fragments: the header, then one tensor at a time."""
     fragments = list(fragments)
-    header: dict[str, Any] = {}
-    end = 0
-    for fragment in fragments:
-        place, begin = fragment.place(""), end
-        end += fragment.numel * fragment.tensor.element_size()
-        header[place.tensor] = {"dtype": place.dtype, "shape": [place.numel], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
-    yield struct.pack("<Q", len(text)) + text
+    tensors = {fragment.place("").tensor: (fragment.tensor.dtype, (fragment.numel,)) for fragment in fragments}
+    yield header(tensors)[0]
     for fragment in fragments:
         yield bytes_of(fragment.tensor)
 
@@ -111,7 +88,7 @@ class Reader:
 
     def __init__(self, folder: Path, places: Iterable[FragmentPlace]) -> None:
         self._folder = folder
-        self._files: dict[str, tuple[FileIO, int, dict[str, Any]]] = {}
+        self._files: dict[str, tuple[FileIO, dict[str, Place]]] = {}
         self._places: dict[tuple[str, str], list[FragmentPlace]] = defaultdict(list)
         for place in places:
             self._places[place.parameter, place.key].append(place)
@@ -120,7 +97,7 @@ class Reader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file, _, _ in self._files.values():
+        for file, _ in self._files.values():
             file.close()
 
     def read_into(self, target: Tensor, name: str, key: str, start: int) -> None:
@@ -132,7 +109,7 @@ class Reader:
             begin, end = max(start, place.start), min(start + target.numel(), place.start + place.numel)
             if begin < end:
                 part = target[begin - start : end - start]
-                dtype = _DTYPES[place.dtype]
+                dtype = DTYPES[place.dtype]
                 direct = part.dtype == dtype and part.device.type == "cpu" and part.is_contiguous()
                 host = part if direct else torch.empty(end - begin, dtype=dtype)
                 self._read(place, begin - place.start, bytes_of(host))
@@ -141,20 +118,19 @@ class Reader:
 
     def _read(self, place: FragmentPlace, first: int, into: memoryview) -> None:
         """Elements from `first` on of one stored fragment."""
-        file, data, header = self._opened(place.file)
-        file.seek(data + header[place.tensor]["data_offsets"][0] + first * _DTYPES[place.dtype].itemsize)
+        file, places = self._opened(place.file)
+        file.seek(places[place.tensor].begin + first * DTYPES[place.dtype].itemsize)
         while into:  # one call reads 2 GiB at most
             count = file.readinto(into)
             if not count:
                 raise ValueError(f"{place.file} ends inside {place.tensor!r}")
             into = into[count:]
 
-    def _opened(self, file: str) -> tuple[FileIO, int, dict[str, Any]]:
-        """The file, where its data begins, and its header."""
+    def _opened(self, file: str) -> tuple[FileIO, dict[str, Place]]:
+        """The file, and where its tensors lie."""
         if file not in self._files:
             opened = FileIO(self._folder / file)
-            [length] = struct.unpack("<Q", opened.read(8))
-            self._files[file] = opened, 8 + length, json.loads(opened.read(length))
+            self._files[file] = opened, read_header(opened)
         return self._files[file]
 
 

@@ -41,7 +41,7 @@ PRIVATE = {
     "optimizer (stage 0, bf16 and fp16)": ("fp16_groups", "fp32_groups"),
     "optimizer (stages 1, 2, BF16_Optimizer)": ("update_lp_params",),
     "optimizer (stages 1, 2, offloaded)": ("averaged_gradients",),
-    "optimizer (fp16)": ("loss_scale",),
+    "optimizer (fp16, stage 3)": ("loss_scale",),
     "optimizer (stage 3)": (
         "fp16_groups",
         "fp32_partitioned_groups_flat",

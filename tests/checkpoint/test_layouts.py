@@ -131,8 +131,8 @@ def private_attributes(engine: Any) -> dict[str, list[str]]:
     optimizer = engine.deepspeed.optimizer
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     roles: dict[str, Any] = {"engine": engine.deepspeed}
-    if engine.scaler:
-        roles["optimizer (fp16)"] = optimizer
+    if engine.scaler or engine.stage == 3:
+        roles["optimizer (fp16, stage 3)"] = optimizer
     if engine.stage == 3:
         roles |= {"parameter (stage 3)": trained[0], "partition (stage 3)": trained[0].ds_tensor}
         roles["optimizer (stage 3)"] = optimizer
