@@ -36,6 +36,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.logging import logger as deepspeed_logger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -158,6 +159,18 @@ class Engine:
         for group in self.param_groups:
             for tensor in group["params"]:
                 yield group, tensor
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, whole gradient over the global batch) of each trained parameter, one at a time.
+
+        Between the last backward and the step, on all ranks; not clipped.
+        """
+        factor = (self.world.world_size if self.stage == 3 else 1) / (self.loss_scale or 1.0)
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                gradient = safe_get_full_grad(parameter)
+                if gradient is not None:
+                    yield optim.canonical(name), gradient.detach() * factor
 
     def check_hyperparameters(self) -> None:
         """Raises RunError when a group's settings are not those it was built with (a restore must not touch them)."""

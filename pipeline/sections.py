@@ -176,8 +176,9 @@ class Evaluate(Strict):
 
 
 class Track(Strict):
-    """Weights & Biases, besides the run's own journal; it can neither stop nor slow a run."""
+    """What is recorded besides the steps, and Weights & Biases, which can neither stop nor slow a run."""
 
+    health_every: Count | None = Field(default=100, description="steps between looks at every layer; null: none")
     wandb: Literal["auto", "online", "offline", "off"] = Field(default="auto", description="auto: online, given a key")
     project: str = Field(default="millstream", min_length=1, description="W&B project")
     entity: str | None = Field(default=None, description="W&B user or team")

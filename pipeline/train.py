@@ -24,6 +24,7 @@ from pipeline.engine import StepResult
 from pipeline.errors import CheckpointError
 from pipeline.evaluate import add, evaluate, flat, means, on_device
 from pipeline.guard import NonFinite, share_substitutes
+from pipeline.health import Health
 from pipeline.learner import Learner, build, restore, setup
 from pipeline.optim import learning_rate
 from pipeline.randomness import Randomness
@@ -48,6 +49,7 @@ def train(config: Config, session: Session) -> str:
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
     guard = NonFinite(config.guard)
+    health = Health(session, learner, config.track.health_every)
     saving = Saving(config, session, learner, data, restored.step if restored else None)
     loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
 
@@ -70,9 +72,9 @@ def train(config: Config, session: Session) -> str:
 
         # Forward, backward, step: all ranks apply it, or none does.
         rate = learning_rate(config.optim.schedule, config.optim.lr, step, config.steps)
-        sums, result = compute(session, learner, saving, randomness, step, batches, terms, rate)
+        sums, result = compute(session, learner, saving, health, randomness, step, batches, terms, rate)
         if result and guard.again(session, step, result):
-            sums, result = compute(session, learner, saving, randomness, step, batches, terms, rate)
+            sums, result = compute(session, learner, saving, health, randomness, step, batches, terms, rate)
         everyone = world.gather([loader.wait_seconds, rows_digest(batches), *flat(sums)])  # [R, 2 + 2 * metrics]
         metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 2:]).items()}
         if result:
@@ -92,6 +94,8 @@ def train(config: Config, session: Session) -> str:
             metrics["time/step_seconds"] = seconds
             metrics["data/wait_seconds"] = float(everyone[:, 0].max())
             session.record("step", step=step, metrics=metrics, samples=int(everyone[:, 1].sum()))
+        if result and health.due(step):
+            health.after_step(step, batches, result.applied)
         step += 1
         if due(step, config.guard.replicas_every, config.steps):
             replicas.compare(engine, world, step)
@@ -113,6 +117,7 @@ def compute(
     session: Session,
     learner: Learner,
     saving: Saving,
+    health: Health,
     randomness: Randomness,
     step: int,
     batches: list[MicroBatch],
@@ -139,6 +144,8 @@ def compute(
             learner.running.add()
     session.phase("step", step)
     saving.hold()
+    if terms and health.due(step):
+        health.before_step()
     return sums, engine.step(rate) if terms else None
 
 

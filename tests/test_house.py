@@ -43,7 +43,7 @@ LAYERS = [
         "same_run",
     ],
     ["learner"],
-    ["saving"],
+    ["saving", "health"],
     ["train"],
     ["cluster", "plan", "track.page", "verify_resume"],
     ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_resume", "terminal", "__init__", "__main__"],
