@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import cli_checkpoint, cli_data, cli_resume
+from pipeline import cli_checkpoint, cli_data, cli_resume, cli_sweep
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
@@ -142,6 +142,7 @@ def evaluate(
 
 
 app.command("verify-resume", epilog=cli_resume.EXAMPLE)(cli_resume.verify_resume)
+app.command("sweep", epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
 
 
 def _run_folder(path: Path) -> Path:

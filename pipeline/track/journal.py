@@ -228,7 +228,7 @@ def _best(
 
 def _undone(record: Mapping[str, Any], step: int) -> bool:
     """Whether going on after `step` steps does again what the record is about."""
-    if record["kind"] in ("step", "skip"):
+    if record["kind"] in ("step", "skip", "health"):
         return record["step"] >= step
     return record["kind"] in ("evaluation", "save") and record["step"] > step
 
