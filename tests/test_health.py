@@ -17,6 +17,8 @@ from tests.test_train import GPT
 
 STAGES = (0, 1, 2, 3)
 
+pytestmark = pytest.mark.slow
+
 
 def looks(world: World, pictures: Path, text: Path, runs: Path) -> dict[str, list[dict[str, Any]]]:
     """By case: this rank's records."""
