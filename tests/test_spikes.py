@@ -176,7 +176,7 @@ def test_each_policy_on_the_same_losses(session: Session) -> None:
     assert [step for step, refused, *_ in found["skip"].decided if refused] == [10, 12, 13, 14]
     assert found["skip"].decided[-1][2] == found["rollback"].decided[-1][2] == (9, 17)
     assert found["warn"].decided[-1][3] == 0 and found["off"].judge.state["losses"] == []
-    assert not found["warn"].judge.losses.values  # its level is learnt anew
+    assert list(found["warn"].judge.losses.values) == [60.0]  # the level is learnt anew
 
 
 def test_a_state_of_an_earlier_version_is_none(session: Session, tmp_path: Path) -> None:
