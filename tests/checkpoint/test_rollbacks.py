@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config as configs
 from pipeline.checkpoint import format, rollbacks
 from pipeline.checkpoint.remote import Remote
 from pipeline.checkpoint.retention import Keeper, Retention
 from pipeline.checkpoint.rollbacks import Rollback
 from pipeline.checkpoint.uploads import Outbox
 from pipeline.errors import CheckpointError
-from tests import small_data
 from tests.checkpoint.power import Disk, PowerCut, lose, no_waiting
 from tests.checkpoint.small_checkpoint import found_step, save
 
@@ -100,13 +98,6 @@ def test_one_to_go_back_to_stays_however_often_is_saved(tmp_path: Path) -> None:
         assert step < 20 or min(good) <= step - 14
     assert most == 4 and Retention(keep=2, behind=14).kept({step: {} for step in (100, 200, 300)}) == {200, 300}
     assert Retention(keep=1, behind=14).kept({step: {} for step in (100, 200, 300)}) == {200, 300}
-
-
-def test_the_configuration_asks_for_as_much_as_its_guard_needs(tmp_path: Path) -> None:
-    pictures = small_data.images(tmp_path / "pictures")
-    path = small_data.config(tmp_path / "toy.yaml", {"name": "tests.poisoned_task"}, pictures)
-    assert Retention.of(configs.load(path, ["guard.margin=5", "guard.max_skipped=2"])).behind == 7
-    assert Retention.of(configs.load(path, ["guard.rollbacks=0"])).behind == 0
 
 
 def test_the_second_home_forgets_them_too(root: Path, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def test_windows_are_the_steps_that_they_hold(windows: list[tuple[int, int]], si
     assert {step for step in range(70) if skipped.window(step)} == out
     for step in range(70):
         assert skipped.next(step) == min(set(range(step, 72)) - out)
-        assert not skipped.window(step) or step in range(skipped.window(step)[0], skipped.window(step)[1] + 1)
+        first, last = skipped.window(step) or (step, step)
+        assert first <= step <= last
     assert {step for step in range(70) if skipped.since(since).window(step)} == {step for step in out if step >= since}
     edges = [edge for window in skipped.windows for edge in window]
     assert edges == sorted(edges) and all(b > a + 1 for a, b in zip(edges[1::2], edges[2::2]))
