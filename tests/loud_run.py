@@ -37,8 +37,9 @@ def samples(path: Path, steps: range) -> list[int]:
 
 
 def ledger(records: list[dict[str, Any]]) -> dict[int, int]:
-    """Step -> digest of the samples that it was trained on, of the steps that count."""
-    return {record["step"]: record["samples"] for record in journal.lineage(records) if record["kind"] == "step"}
+    """Step -> digest of the samples that it was trained on, of the steps that count. `attempt` is 1 where none is."""
+    counted = journal.lineage({"attempt": 1, **record} for record in records)
+    return {record["step"]: record["samples"] for record in counted if record["kind"] == "step"}
 
 
 def same_end(one: Path, other: Path) -> bool:
