@@ -92,6 +92,8 @@ def restore(
     )
     if session.world.rank == 0:
         kind, at, notes = ("restore", restored.step, restored.notes) if restored else ("start", 0, learner.notes)
+        ahead = data.skipped.since(at).windows if data else ()
+        notes = [*notes, *(f"steps {begin} to {end} are left out" for begin, end in ahead)]
         workers = session.world.world_size
         facts = {"workers": workers, "parameters": learner.parameters, "data": str(data)}
         if data is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint import rollbacks
 from pipeline.checkpoint.format import Listed, list_checkpoints
 from pipeline.config import Config, load_resolved
 from pipeline.errors import RunError
@@ -70,6 +71,10 @@ def open_run(folder: Path) -> Run:
 
 
 def newest_attempt(folder: Path) -> int:
-    """Number of the newest attempt at the run in `folder`, whoever made it; 0 when there was none."""
+    """Number of the newest attempt at the run in `folder`, whoever made it; 0 when there was none.
+
+    One that has decided to go back counts in any case: what follows it has to have a larger number.
+    """
     names = (path.name for path in (folder / "attempts").glob("*.json"))
-    return max((int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name)), default=0)
+    numbers = [int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name)]
+    return max([*numbers, *(decision.attempt for decision in rollbacks.read(folder / "checkpoints"))], default=0)

@@ -14,6 +14,7 @@ from pipeline.checkpoint.saver import Saved, Saver
 from pipeline.config import Config
 from pipeline.data.stream import Stream
 from pipeline.errors import CheckpointError
+from pipeline.guard import Judge
 from pipeline.learner import Learner
 from pipeline.run import newest_attempt
 from pipeline.session import Session
@@ -23,8 +24,10 @@ from pipeline.track import journal
 class Saving:
     """The saves of one attempt, which went on from step `restored` (None: from the start). All ranks call alike."""
 
-    def __init__(self, config: Config, session: Session, learner: Learner, data: Stream, restored: int | None) -> None:
-        self._config, self._session, self._learner, self._data = config, session, learner, data
+    def __init__(
+        self, config: Config, session: Session, learner: Learner, data: Stream, judge: Judge, restored: int | None
+    ) -> None:
+        self._config, self._session, self._learner, self._data, self._judge = config, session, learner, data, judge
         self._saved = restored  # the step whose checkpoint is there, or under way
         world, folder, rule = session.world, session.run / "checkpoints", config.checkpoint
         tells = world.rank == 0 and rule.every == "auto"  # a long run's journal is not read for nothing
@@ -61,7 +64,13 @@ class Saving:
         self._settle(self._saver.finish(), last)  # the one before, if it is still under way
         self._session.phase("save", step)
         scored = self._learner.scores if self._learner.scored_step == step else {}
-        refused = self._saver.begin(step, data=self._data.state, buffers=self._learner.running.values, metrics=scored)
+        refused = self._saver.begin(
+            step,
+            data=self._data.state,
+            buffers=self._learner.running.values,
+            metrics=scored,
+            guard=self._judge.state,
+        )
         self._cadence.began(step)
         self._saved = step
         self._settle(refused, last)
@@ -75,6 +84,11 @@ class Saving:
     def advance(self) -> None:
         """Commit what all ranks have written."""
         self._settle(self._saver.advance())
+
+    def settle(self, step: int) -> None:
+        """Wait for what is under way, if anything is; begin nothing."""
+        self._session.phase("commit", step)
+        self._settle(self._saver.finish())
 
     def finish(self, step: int) -> None:
         """See to it that the state after `step` steps is saved, and sent. Raises CheckpointError when it cannot be."""

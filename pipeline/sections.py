@@ -48,7 +48,14 @@ def _sources(value: object) -> object:
     raise ValueError("should be a folder of shards, or several by name, such as {prose: data/prose, code: data/code}")
 
 
+def _window(value: tuple[int, int]) -> tuple[int, int]:
+    if 0 <= value[0] <= value[1]:
+        return value
+    raise ValueError("should be the first and the last step that are left out, such as [100, 119]")
+
+
 Sources = Annotated[dict[Name, Source], BeforeValidator(_sources)]
+Window = Annotated[tuple[int, int], AfterValidator(_window)]
 
 
 class Data(Strict):
@@ -66,6 +73,9 @@ class Data(Strict):
     bad_samples: Literal["fail", "substitute"] = Field(default="fail", description="substitute: the next good one")
     max_bad_samples: Count = Field(default=100, description="more substituted samples than these end the run")
     decoders: dict[str, str] = Field(default={}, description="extension -> import path of its decoder, module:function")
+    skip_steps: tuple[Window, ...] = Field(
+        default=(), description="windows of steps that are left out, such as [[100, 119]]; each counts as a step"
+    )
 
 
 class Schedule(Strict):
@@ -203,8 +213,19 @@ class Guard(Strict):
     """What happens when numbers or workers go wrong."""
 
     non_finite: Literal["skip", "stop"] = Field(default="skip", description="on a NaN or infinite loss or gradient")
-    max_skipped: Count = Field(default=3, description="skipped steps in a row that end the run")
+    max_skipped: Count = Field(default=3, description="such steps in a row that are borne; one more: the run goes back")
     recompute: bool = Field(default=True, description="compute such a step once more first: the fault may not repeat")
+    spike: Literal["off", "warn", "skip", "rollback"] = Field(
+        default="warn", description="on a loss far above the recent ones; rollback: train on, go back if it stays there"
+    )
+    spike_power: int = Field(default=4, ge=2, description="far above: median x (largest / median) to this power")
+    spike_window: int = Field(default=128, ge=8, description="steps that are recent; half of them must be known")
+    rollbacks: int = Field(
+        default=2, ge=0, description="times that the run goes back to before such steps; then it ends"
+    )
+    margin: int = Field(
+        default=10, ge=0, description="steps before and behind them that are left out too, when it does"
+    )
     replicas_every: Count | None = Field(
         default=None, description="steps between comparisons of ranks' weights; null: at the end"
     )

@@ -10,20 +10,20 @@ stopped.
 
 from __future__ import annotations
 
+import math
 import time
 
 import xxhash
 
 from pipeline import ema, replicas, tasks
 from pipeline.checkpoint import format as checkpoints
-from pipeline.checkpoint import probe
+from pipeline.checkpoint import probe, rollbacks
 from pipeline.config import Config
 from pipeline.data.fill import MicroBatch
 from pipeline.data.stream import Stream
-from pipeline.engine import StepResult
 from pipeline.errors import CheckpointError
 from pipeline.evaluate import add, evaluate, flat, means, on_device
-from pipeline.guard import NonFinite, share_substitutes
+from pipeline.guard import Judge, share_substitutes
 from pipeline.health import Health
 from pipeline.learner import Learner, build, restore, setup
 from pipeline.optim import learning_rate
@@ -35,6 +35,8 @@ from pipeline.session import Session
 def train(config: Config, session: Session) -> str:
     """Train until `config.steps` ("done") or a stop is asked for ("stopped"); a checkpoint is committed either way.
 
+    Or until a trouble that it cannot pass ("rollback"): the next attempt goes on from before it.
+
     Raises DataError, CheckpointError, ConfigError, RunError for what a person can mend; all else is a bug.
     """
     # ------------------------------------------------------------ build, in the order of the data's way, and restore
@@ -44,21 +46,27 @@ def train(config: Config, session: Session) -> str:
     randomness = Randomness(config.seed)
     data = Stream(config)
     session.owned.callback(data.close)
+    decided = rollbacks.shared(world, session.run / "checkpoints")
+    data.leave_out((each.first, each.last) for each in decided)
     learner = build(config, session, randomness)
     task, engine = learner.task, learner.engine
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
-    guard = NonFinite(config.guard)
+    judge = Judge(config.guard, config.optim.schedule.warmup, went_back=len(decided))
+    if restored and not data.reordered:
+        judge.resume(restored.manifest.guard)
+    saving = Saving(config, session, learner, data, judge, restored.step if restored else None)
     health = Health(session, learner, config.track.health_every)
-    saving = Saving(config, session, learner, data, restored.step if restored else None)
     loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
 
     # ------------------------------------------------------------ loop
-    step, outcome = first, "done"
+    step, outcome, trouble = first, "done", None
     while step < config.steps:
         began = time.perf_counter()
         session.phase("data", step)
-        batches = loader.step(step)  # A micro batches; which rows they hold does not depend on the world size
+        left_out = data.skipped.window(step)
+        # A micro batches; which rows they hold does not depend on the world size
+        batches = [] if left_out else loader.step(step)
         terms = sum(task.weight(micro.batch) for micro in batches if not micro.filler)
         bad = sum(len(micro.found) for micro in batches)
         terms, stop, bad, ready = world.gather([terms, session.stop_requested, bad, saving.ready]).sum(axis=0)
@@ -70,32 +78,45 @@ def train(config: Config, session: Session) -> str:
             outcome = "stopped"
             break
 
-        # Forward, backward, step: all ranks apply it, or none does.
-        rate = learning_rate(config.optim.schedule, config.optim.lr, step, config.steps)
-        sums, result = compute(session, learner, saving, health, randomness, step, batches, terms, rate)
-        if result and guard.again(session, step, result):
-            sums, result = compute(session, learner, saving, health, randomness, step, batches, terms, rate)
-        everyone = world.gather([loader.wait_seconds, rows_digest(batches), *flat(sums)])  # [R, 2 + 2 * metrics]
-        metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 2:]).items()}
-        if result:
-            guard.judge(session, step, result, metrics["train/loss"], batches)
-            if result.applied:
-                learner.running.update(world, config.micro_batches)
-                ema.update(engine, config.ema, step)
-            metrics["train/grad_norm"] = result.grad_norm
+        if left_out:  # counts as a step, though nothing is read or computed for it
+            if world.rank == 0 and step in (left_out[0], first):
+                session.record("left_out", step=step, last=left_out[1])
         else:
-            guard.empty(session, step)
+            # Forward, backward, step: all ranks apply it, or none does.
+            rate = learning_rate(config.optim.schedule, config.optim.lr, step, config.steps)
+            for again in (False, True):  # a fault of arithmetic may not repeat
+                sums = gradients(session, learner, judge, randomness, step, batches, terms)
+                session.phase("step", step)
+                saving.hold()
+                if terms and health.due(step):
+                    health.before_step()
+                result = engine.step(rate) if terms else None
+                if again or not (result and judge.again(session, step, result)):
+                    break
+            everyone = world.gather([loader.wait_seconds, rows_digest(batches), *flat(sums)])  # [R, 2 + 2 * metrics]
+            metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 2:]).items()}
+            if result:
+                trouble = judge.judge(session, step, result, metrics["train/loss"], batches)
+                if result.applied:
+                    learner.running.update(world, config.micro_batches)
+                    ema.update(engine, config.ema, step)
+                metrics["train/grad_norm"] = result.grad_norm
+            else:
+                judge.empty(session, step)
 
-        # Record.
-        seconds = time.perf_counter() - began
-        if world.rank == 0:
-            metrics["optim/lr"] = rate
-            metrics["throughput/samples_per_second"] = config.global_batch_size / seconds
-            metrics["time/step_seconds"] = seconds
-            metrics["data/wait_seconds"] = float(everyone[:, 0].max())
-            session.record("step", step=step, metrics=metrics, samples=int(everyone[:, 1].sum()))
-        if result and health.due(step):
-            health.after_step(step, batches, result.applied)
+            # Record.
+            seconds = time.perf_counter() - began
+            if world.rank == 0:
+                metrics["optim/lr"] = rate
+                metrics["throughput/samples_per_second"] = config.global_batch_size / seconds
+                metrics["time/step_seconds"] = seconds
+                metrics["data/wait_seconds"] = float(everyone[:, 0].max())
+                session.record("step", step=step, metrics=metrics, samples=int(everyone[:, 1].sum()))
+            if trouble:
+                outcome = "rollback"
+                break
+            if result and health.due(step):
+                health.after_step(step, batches, result.applied)
         step += 1
         if due(step, config.guard.replicas_every, config.steps):
             replicas.compare(engine, world, step)
@@ -106,28 +127,31 @@ def train(config: Config, session: Session) -> str:
 
     # ------------------------------------------------------------ close
     loader.close()
-    saving.finish(step)
+    if trouble:
+        saving.settle(step)
+        judge.go_back(session, step, trouble)
+    else:
+        saving.finish(step)
     if world.rank == 0:
         session.record("end", reason=outcome, step=step)
     session.flush()
     return outcome
 
 
-def compute(
+def gradients(
     session: Session,
     learner: Learner,
-    saving: Saving,
-    health: Health,
+    judge: Judge,
     randomness: Randomness,
     step: int,
     batches: list[MicroBatch],
     terms: float,
-    rate: float,
-) -> tuple[tasks.Sums, StepResult | None]:
-    """Forward, backward and step on this rank's micro batches: (sums for the metrics, what the step did).
+) -> tasks.Sums:
+    """Forward and backward of this rank's micro batches; the sums for the metrics.
 
     Gradients are summed over all micro batches: each of the batch's `terms` weighs the same. Without any, nothing is
-    computed.
+    computed. When the guard refuses the loss, the last gradient is spoilt: what is not finite is the one thing that no
+    ZeRO stage applies.
     """
     task, engine, device = learner.task, learner.engine, session.world.device
     sums: tasks.Sums = {}
@@ -137,16 +161,15 @@ def compute(
         with randomness.draws(step, micro.index):
             session.phase("forward", step)
             loss, sums_of_micro = task.loss(engine.model, on_device(micro.batch, device))
+            if not micro.filler:
+                add(sums, sums_of_micro)
+            if micro is batches[-1] and judge.refuses(session.world, sums):
+                scale = math.nan
             session.phase("backward", step)
             engine.backward(loss * scale)
         if not micro.filler:
-            add(sums, sums_of_micro)
             learner.running.add()
-    session.phase("step", step)
-    saving.hold()
-    if terms and health.due(step):
-        health.before_step()
-    return sums, engine.step(rate) if terms else None
+    return sums
 
 
 def score(config: Config, session: Session, learner: Learner, step: int) -> None:

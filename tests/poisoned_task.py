@@ -1,4 +1,6 @@
-"""A task outside the package: mean brightness of an image, with samples that poison the loss or do not count."""
+"""A task outside the package: mean brightness of an image, with samples that poison the loss, make it jump, or do not
+count.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 class Config(Strict):
     name: str
     poison: tuple[int, ...] = ()  # sample numbers whose loss is NaN
+    loud: tuple[int, ...] = ()  # those whose target is a thousand times as large as the others
     mute: bool = False  # no sample counts in the loss
     once: str | None = None  # a file that is taken away when found, and then one loss is NaN
 
@@ -35,7 +38,8 @@ class Task:
     def prepare(self, sample: Any, rng: object) -> dict[str, np.ndarray]:
         pixels = sample["png"].astype(np.float32).reshape(-1) / 255
         poison = np.float32("nan") if sample.number in self.config.poison else np.float32(0)
-        return {"pixels": pixels, "target": pixels.mean() + poison}
+        scale = np.float32(1e3 if sample.number in self.config.loud else 1)
+        return {"pixels": pixels, "target": pixels.mean() * scale + poison}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 0.0 if self.config.mute else float(len(batch["target"]))

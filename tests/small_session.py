@@ -10,8 +10,10 @@ from pipeline.session import Session, World
 from pipeline.train import train
 
 
-def records_of(world: World, config: Config, run: Path) -> list[dict[str, Any]]:
-    """Train to the end; this rank's records. The number of workers is the world's."""
+def records_of(
+    world: World, config: Config, run: Path, attempt: int = 1, outcome: str = "done"
+) -> list[dict[str, Any]]:
+    """Train to the end, which is `outcome`; this rank's records. The number of workers is the world's."""
     records: list[dict[str, Any]] = []
 
     def keep(rank: int, new: list[dict[str, Any]], where: dict[str, Any]) -> bool:
@@ -19,9 +21,9 @@ def records_of(world: World, config: Config, run: Path) -> list[dict[str, Any]]:
         return False
 
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": world.world_size})})
-    session = Session(world, run, 1, keep)
+    session = Session(world, run, attempt, keep)
     try:
-        assert train(config, session) == "done"
+        assert train(config, session) == outcome
     finally:
         session.close()
     return records

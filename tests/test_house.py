@@ -36,6 +36,7 @@ LAYERS = [
         "ema",
         "evaluate",
         "guard",
+        "spikes",
         "replicas",
         "checkpoint",
         "track",
@@ -56,7 +57,9 @@ FENCES = {
 }
 WITHOUT_TORCH = ["config", "sections", "problems", "yaml_file", "rules", "task_file", "run", "data.index", "track"]
 WITHOUT_TORCH += ["data.order", "data.draws", "data.chains", "data.mixture", "data.reader", "data.samples"]
-WITHOUT_TORCH += [f"checkpoint.{name}" for name in ("format", "manifest", "disk", "retention", "remote", "uploads")]
+WITHOUT_TORCH += [
+    f"checkpoint.{name}" for name in ("format", "manifest", "disk", "rollbacks", "retention", "remote", "uploads")
+]
 HEAVY = ["torch", "ray", "deepspeed", "transformers", "wandb", "webdataset"]
 LINES_PER_FILE, LINES_PER_FUNCTION, LINES_OF_THE_LOOP = 300, 60, 120
 

@@ -15,7 +15,7 @@ import torch
 from pipeline import loss_scale
 from pipeline.engine import StepResult
 from pipeline.errors import RunError
-from pipeline.guard import NonFinite
+from pipeline.guard import Judge
 from pipeline.loss_scale import LEAST, LossScale
 from pipeline.sections import Guard
 from pipeline.session import Session, World
@@ -126,7 +126,7 @@ def test_the_guard_ends_a_run_that_overflows_at_the_least_scale(tmp_path: Path) 
     scaler = LossScale(scale=2.0)
     assert [scaler.after(False), scaler.after(False)] == [LEAST, LEAST]
     session = Session(World(0, 1, 0, torch.device("cpu"), None), tmp_path, 1, lambda *_: False)  # pyright: ignore
-    guard = NonFinite(Guard(max_skipped=1))
+    guard = Judge(Guard(max_skipped=1, rollbacks=0))
     for scale in (4.0, 2.0):
         guard.judge(session, 5, StepResult(float("inf"), False, scale), 1.5, [])
     assert guard.in_a_row == 0

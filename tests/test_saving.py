@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.checkpoint.format import list_checkpoints
 from pipeline.errors import CheckpointError
+from pipeline.guard import Judge
 from pipeline.saving import Saving
 from pipeline.sections import Checkpoint
 from pipeline.session import Session, World
@@ -28,7 +29,8 @@ def scenes(world: World, run: Path) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     session = Session(world, run, 1, lambda rank, new, beat: records.extend(new) or False)
     data = SimpleNamespace(state=small_run.DATA)
-    saving = Saving(settings, session, cast(Any, learner), cast(Any, data), None)
+    judge = Judge(settings.guard)
+    saving = Saving(settings, session, cast(Any, learner), cast(Any, data), judge, None)
     folder = run / "checkpoints"
     refused: list[str] = []
     try:

@@ -51,6 +51,7 @@ def describe(
         environment=dict(facts["environment"]),
         data=dict(facts["data"]),
         metrics=dict(facts["metrics"]),
+        guard=dict(facts["guard"]),
     )
 
 

@@ -3,13 +3,14 @@
 A save goes: `stage` makes a hidden folder, every rank puts its files there with `write` (or `seal`s what another
 library wrote), rank 0 gathers the digests into a `Manifest` and calls `commit`: all files present, the manifest written
 last, everything on the disk, then one rename. A load goes: `find` takes the newest checkpoint of which every byte
-verifies and names those that it passed over; it fetches what only a second home holds (remote.py). Which old ones are
-deleted is said in retention.py.
+verifies and names those that it passed over; it fetches what only a second home holds (remote.py). Those of a line that
+the run has gone back from do not count (rollbacks.py). Which old ones are deleted is said in retention.py.
 
     <root>/checkpoint-00000040/{rank-00000.safetensors, ..., manifest.json}     whole
     <root>/.staging-00000040-a2/                                                being written by attempt 2
     <root>/.replaced-checkpoint-00000040/                                       for the moment between two renames
     <root>/.deleting-checkpoint-00000020/                                       being deleted
+    <root>/rollbacks.json                                                       which ones were given up, if any
 
 It gives up speed for certainty: a save waits for the disk, a load reads every byte once for its sha256. No pickle
 anywhere. Names and order follow from step and attempt, never from a clock.
@@ -20,16 +21,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.checkpoint import disk
+from pipeline.checkpoint import disk, rollbacks
 from pipeline.checkpoint.disk import discard, seal, write
-from pipeline.checkpoint.manifest import VERSION, FileDigest, FragmentPlace, Manifest
+from pipeline.checkpoint.manifest import MANIFEST, NAME, VERSION, Damage, FileDigest, FragmentPlace, Manifest, parse
 from pipeline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,25 +37,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MANIFEST", "VERSION", "Damage", "FileDigest", "Found", "FragmentPlace", "Listed", "Manifest", "adopt",
-    "checkpoint_name", "commit", "delete", "discard", "find", "inspect", "list_checkpoints", "parse", "seal", "stage",
-    "verify", "write",
+    "checkpoint_name", "commit", "delete", "discard", "find", "given_up", "inspect", "list_checkpoints", "parse",
+    "seal", "stage", "verify", "write",
 ]  # fmt: skip
 
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"(?:\.replaced-)?checkpoint-(\d{8,})")
 _STAGING = re.compile(r"\.staging-\d{8,}-a(\d+)")
-
-
-class Damage(NamedTuple):
-    """One thing wrong with a checkpoint: which file of it, and how. `path`: its folder, or its place in a store."""
-
-    path: Path | str
-    file: str
-    kind: Literal["missing", "unreadable", "size", "digest", "manifest", "version"]
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.path}/{self.file} {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -188,38 +174,29 @@ def delete(path: Path) -> None:
     discard(doomed)
 
 
+def given_up(root: Path) -> list[Path]:
+    """Committed folders of a line of history that the run has gone back from; nothing else here sees them."""
+    gone = rollbacks.given_up(root)
+    return [path for _, path in _folders(root) if gone and gone(_manifest(path))]
+
+
 def _candidates(root: Path) -> list[tuple[int, Path]]:
+    """(step, path) of all committed folders by step, without those that were given up."""
+    gone = rollbacks.given_up(root)
+    return [(step, path) for step, path in _folders(root) if not (gone and gone(_manifest(path)))]
+
+
+def _folders(root: Path) -> list[tuple[int, Path]]:
     """(step, path) of all committed folders by step. One set aside counts until its replacement is there."""
     found: dict[int, Path] = {}
     for name in disk.names_in(root):  # sorted, so ".replaced-..." comes first and gives way to "checkpoint-..."
-        if match := _NAME.fullmatch(name):
+        if match := NAME.fullmatch(name):
             found[int(match[1])] = root / name
     return sorted(found.items())
 
 
-def parse(place: Path | str, read: Callable[[], bytes]) -> tuple[Manifest | None, list[Damage]]:
-    """The manifest of the checkpoint at `place`, whose bytes `read` gives, and what is wrong with it."""
-
-    def damaged(kind: Literal["missing", "unreadable", "manifest", "version"], detail: str):
-        return None, [Damage(place, MANIFEST, kind, detail)]
-
-    try:
-        manifest = Manifest.from_bytes(read())
-    except FileNotFoundError:
-        return damaged("missing", "is missing")
-    except OSError as error:
-        return damaged("unreadable", f"cannot be read: {error.strerror}")
-    except CheckpointError as error:
-        return damaged("version", str(error))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return damaged("manifest", f"is damaged: {error}")
-    match = _NAME.fullmatch(str(place).rpartition("/")[2])
-    if match and int(match[1]) != manifest.step:
-        return damaged("manifest", f"is of step {manifest.step}: the folder has been renamed")
-    strangers = [name for name in manifest.files if Path(name).name != name]
-    if strangers:
-        return damaged("manifest", f"names a file outside its folder: {strangers[0]}")
-    return manifest, []
+def _manifest(path: Path) -> Manifest | None:
+    return parse(path, (path / MANIFEST).read_bytes)[0]
 
 
 def _inspect(path: Path, *, read: bool) -> tuple[Manifest | None, list[Damage]]:
@@ -236,7 +213,7 @@ def _steps_of(home: Remote | None, root: Path, some_here: bool) -> tuple[list[in
     if home is None:
         return [], []
     try:
-        return home.steps(), []
+        return home.steps(rollbacks.given_up(root)), []
     except CheckpointError as error:
         if some_here:
             return [], [f"{error}; only those in {root} were looked at"]

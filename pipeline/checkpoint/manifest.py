@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import CheckpointError
 
 VERSION = 1
+MANIFEST = "manifest.json"
+NAME = re.compile(r"(?:\.replaced-)?checkpoint-(\d{8,})")  # of a checkpoint's folder
 
 
 class FileDigest(NamedTuple):
@@ -61,10 +66,12 @@ class Manifest:
     environment: dict[str, Any] = field(default_factory=dict)
     """Threads, processor flags and whatever else ends bitwise equality when it differs on resume."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Identity of the data set, fingerprint of the order, recorded exceptions."""
+    """Identity of the data set, fingerprint of the order, recorded exceptions: substitutes, steps that are left out."""
     journal: dict[str, int] = field(default_factory=dict)
     """Attempt and sequence number of the last journal record known durable before the commit."""
     metrics: dict[str, float] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard has seen of the latest steps, so that it decides after a restart as it would have without."""
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -89,6 +96,43 @@ class Manifest:
         raw["fragments"] = tuple(FragmentPlace(*row) for row in raw["fragments"])
         raw["files"] = {name: FileDigest(*digest) for name, digest in raw["files"].items()}
         return cls(**raw)
+
+
+class Damage(NamedTuple):
+    """One thing wrong with a checkpoint: which file of it, and how. `path`: its folder, or its place in a store."""
+
+    path: Path | str
+    file: str
+    kind: Literal["missing", "unreadable", "size", "digest", "manifest", "version"]
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.file} {self.detail}"
+
+
+def parse(place: Path | str, read: Callable[[], bytes]) -> tuple[Manifest | None, list[Damage]]:
+    """The manifest of the checkpoint at `place`, whose bytes `read` gives, and what is wrong with it."""
+
+    def damaged(kind: Literal["missing", "unreadable", "manifest", "version"], detail: str):
+        return None, [Damage(place, MANIFEST, kind, detail)]
+
+    try:
+        manifest = Manifest.from_bytes(read())
+    except FileNotFoundError:
+        return damaged("missing", "is missing")
+    except OSError as error:
+        return damaged("unreadable", f"cannot be read: {error.strerror}")
+    except CheckpointError as error:
+        return damaged("version", str(error))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return damaged("manifest", f"is damaged: {error}")
+    match = NAME.fullmatch(str(place).rpartition("/")[2])
+    if match and int(match[1]) != manifest.step:
+        return damaged("manifest", f"is of step {manifest.step}: the folder has been renamed")
+    strangers = [name for name in manifest.files if Path(name).name != name]
+    if strangers:
+        return damaged("manifest", f"names a file outside its folder: {strangers[0]}")
+    return manifest, []
 
 
 def _head(body: bytes) -> bytes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -44,9 +44,10 @@ class Remote:
         self.url = f"{url.rstrip('/')}/{run}"
         self._sent: set[tuple[str, FileDigest]] = set()  # so that a retry does not send again what has arrived
 
-    def steps(self) -> list[int]:
-        """Steps of all checkpoints that have a manifest, in order."""
-        return sorted(step for step, files in self.folders().items() if MANIFEST in files)
+    def steps(self, given_up: Callable[[Manifest | None], bool] | None = None) -> list[int]:
+        """Steps of all checkpoints that have a manifest, in order; without those that were `given_up`."""
+        there = sorted(step for step, files in self.folders().items() if MANIFEST in files)
+        return [step for step in there if not (given_up and given_up(self._parsed(step)))]
 
     def folders(self) -> dict[int, set[str]]:
         """Step -> names of the files, of all checkpoint folders, unfinished ones included."""
@@ -71,6 +72,10 @@ class Remote:
             return b"".join(self._chunks(f"{checkpoint_name(step)}/{MANIFEST}"))
         except Absent:
             return None
+
+    def _parsed(self, step: int) -> Manifest | None:
+        content = self.manifest(step) or b""
+        return format.parse(f"{self.url}/{checkpoint_name(step)}", lambda: content)[0]
 
     def put(self, checkpoint: Path) -> int:
         """Send a local checkpoint, the manifest last; its bytes, 0 when all was there already.

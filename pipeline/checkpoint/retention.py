@@ -1,4 +1,5 @@
-"""Which checkpoints stay: the newest few, those at every so many steps, the best by a metric. The others are deleted.
+"""Which checkpoints stay: the newest few, one to go back to, those at every so many steps, the best by a metric. The
+others are deleted, and so are those of a line that the run has gone back from (rollbacks.py).
 
 `Retention` decides from steps and metrics alone, so the same words hold for a folder here and for a second home
 (remote.py). In a folder only those count among the newest and the best that have been read back whole; a damaged one
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Retention:
     """keep: newest that stay, at least 1.  keep_every: steps; multiples stay for good.  keep_best: that many stay that
-    have the largest (`mode` max) or smallest (min) metric `best`, a name such as eval/test/accuracy.
+    have the largest (`mode` max) or smallest (min) metric `best`, a name such as eval/test/accuracy.  behind: steps;
+    one at least so far behind the newest stays, as a run may have to go back so far.
     """
 
     keep: int = 2
@@ -32,17 +34,24 @@ class Retention:
     keep_best: int = 0
     best: str | None = None
     mode: Literal["max", "min"] = "max"
+    behind: int = 0
 
     @staticmethod
     def of(config: Config) -> Retention:
         """What the sections `checkpoint` and `evaluate` ask for."""
-        asked, scored = config.checkpoint, config.evaluate
+        asked, scored, guard = config.checkpoint, config.evaluate, config.guard
         best = f"eval/{scored.best}" if scored.best else None
-        return Retention(asked.keep, asked.keep_every, asked.keep_best, best, scored.mode)
+        behind = guard.max_skipped + guard.margin if guard.rollbacks else 0
+        return Retention(asked.keep, asked.keep_every, asked.keep_best, best, scored.mode, behind)
 
     def newest(self, good: Collection[int]) -> list[int]:
         """The steps that stay as the newest, in order."""
         return sorted(good)[-max(self.keep, 1) :]
+
+    def fallback(self, good: Collection[int]) -> list[int]:
+        """The step that stays to go back to, and the one that will take its place when it is far enough behind."""
+        far = max(good, default=0) - self.behind
+        return [*sorted(step for step in good if step <= far)[-1:], *sorted(step for step in good if step > far)[:1]]
 
     def best_ones(self, good: Mapping[int, Mapping[str, float]]) -> list[int]:
         """The steps that stay as the best, the best first; of two that are equally good the earlier."""
@@ -53,7 +62,7 @@ class Retention:
     def kept(self, good: Mapping[int, Mapping[str, float]]) -> set[int]:
         """The steps that stay, of good checkpoints by step with their metrics."""
         always = {step for step in good if self.keep_every and step % self.keep_every == 0}
-        return {*self.newest(good), *self.best_ones(good), *always}
+        return {*self.newest(good), *self.fallback(good), *self.best_ones(good), *always}
 
 
 @dataclass
@@ -76,7 +85,7 @@ class Keeper:
         while True:
             metrics = {step: each.manifest.metrics for step, each in good.items() if each.manifest}
             kept, newest = self.rules.kept(metrics), self.rules.newest(good)
-            counted = {*newest, *self.rules.best_ones(metrics)}
+            counted = {*newest, *self.rules.fallback(good), *self.rules.best_ones(metrics)}
             broken = [step for step in sorted(counted) if not self._read_back(good[step])]
             if not broken:
                 break
@@ -89,12 +98,13 @@ class Keeper:
         return [each for each in listed if each.step < newest[0] and each.step not in spared]
 
     def prune(self) -> list[Path]:
-        """Delete what `doomed` names; the paths that are gone. A kill in between leaves each whole or none."""
-        removed = []
-        for each in self.doomed():
-            with disk.explained(each.path):
-                format.delete(each.path)
-            removed.append(each.path)
+        """Delete what was given up and what `doomed` names; the paths that are gone. A kill leaves each whole, or none
+        of it.
+        """
+        removed = [*format.given_up(self.root), *(each.path for each in self.doomed())]
+        for path in removed:
+            with disk.explained(path):
+                format.delete(path)
         return removed
 
     def _read_back(self, each: Listed) -> bool:

@@ -105,6 +105,7 @@ class Saver:
         data: Mapping[str, Any],
         buffers: Mapping[str, Tensor],
         metrics: Mapping[str, float] | None = None,
+        guard: Mapping[str, Any] | None = None,
     ) -> Saved | None:
         """Start to save the state after `step` steps; returns a failure when the disk refuses at once.
 
@@ -116,6 +117,7 @@ class Saver:
         snapshot = shards.capture(self._engine, buffers)
         total = int(self._world.gather([snapshot.bytes]).sum())
         noted = {"step": step, "attempt": self._attempt, "data": dict(data), "metrics": dict(metrics or {})}
+        noted["guard"] = dict(guard or {})
         noted["environment"] = facts.environment(self._engine)  # here: a thread has numbers of its own
         try:
             staging = shards.on_rank_0(self._world, lambda: format.stage(self._folder, step, self._attempt, total))

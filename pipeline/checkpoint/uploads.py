@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.checkpoint import format
+from pipeline.checkpoint import format, rollbacks
 from pipeline.checkpoint.format import MANIFEST, Listed, checkpoint_name
 from pipeline.checkpoint.remote import Refused, Remote
 from pipeline.checkpoint.retention import Retention
@@ -107,11 +107,13 @@ class Outbox:
         return [e for e in wanted if digests[e.step] not in {arrived.get(e.step), *self._refused}]
 
     def _look(self) -> dict[int, _There]:
-        found = {}
+        found, given_up = {}, rollbacks.given_up(self.folder)
         for step in self.home.steps():
             content = self.home.manifest(step) or b""
             manifest, _ = format.parse(checkpoint_name(step), lambda content=content: content)
-            if manifest is not None:
+            if given_up and given_up(manifest):
+                self.home.delete(step)
+            elif manifest is not None:
                 found[step] = _There(_digest(content), manifest.metrics)
         return found
 

@@ -116,7 +116,8 @@ def attempts(config: Config, folder: Path, console: Console, stop: threading.Eve
             records = [r for r in journal.read(folder / "journal.jsonl").records if r["attempt"] == attempt.number]
             reason = next((r["reason"] for r in reversed(records) if r["kind"] == "end"), None)
             if reason is not None:
-                code = DONE if reason == "done" else None if resize and not stop.is_set() else AGAIN
+                again = bool(resize) or reason == "rollback"
+                code = DONE if reason == "done" else None if again and not stop.is_set() else AGAIN
             else:
                 error = error or RuntimeError("the workers ended before the run did")
                 failures.append(diagnose(records, attempt.heartbeats(), error))

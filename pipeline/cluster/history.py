@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pipeline import config as configs
 from pipeline.checkpoint import format as checkpoints
+from pipeline.checkpoint import rollbacks
 from pipeline.checkpoint.uploads import home_of
 from pipeline.cluster import lease
 from pipeline.config import Config
@@ -67,13 +68,16 @@ def save_configuration(config: Config, folder: Path) -> None:
 
 def expect_checkpoint(config: Config, folder: Path) -> None:
     """Raises CheckpointError when the journal knows of a checkpoint and none is there: no fresh start by accident."""
+    root = folder / "checkpoints"
     saved = [record for record in journal.read(folder / "journal.jsonl").records if record["kind"] == "save"]
-    if saved and not checkpoints.list_checkpoints(folder / "checkpoints"):
+    for decision in rollbacks.read(root):
+        saved = [r for r in saved if r["step"] <= decision.first or r["attempt"] > decision.attempt]
+    if saved and not checkpoints.list_checkpoints(root):
         home = home_of(config, folder)
-        if home is not None and home.steps():
+        if home is not None and home.steps(rollbacks.given_up(root)):
             return
         raise CheckpointError(
-            f"{folder}/checkpoints is empty{f' and {home.url} too' if home else ''}, but step {saved[-1]['step']} was "
+            f"{root} is empty{f' and {home.url} too' if home else ''}, but step {saved[-1]['step']} was "
             "saved there. Bring the folder back, or start anew on purpose with --fresh (a new run folder; nothing is "
             "deleted)."
         )
@@ -130,6 +134,6 @@ def _state(run: Run, records: list[journal.Record]) -> str:
     last = next((record for record in reversed(records) if record["kind"] in ("attempt", "end", "failure")), None)
     if last is None:
         return "not begun"
-    if last["kind"] == "end":
+    if last["kind"] == "end" and last["reason"] != "rollback":
         return "stopped"
     return "given up" if last["kind"] == "failure" and last["exit_code"] else "interrupted"

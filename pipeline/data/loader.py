@@ -21,8 +21,10 @@ import numpy as np
 from pipeline.data import ahead
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes
 from pipeline.data.samples import Lookup
+from pipeline.data.skipped import Skipped
 from pipeline.errors import ConfigError, DataError
 
+NOTHING = Skipped()
 PLANNED_ROWS = 4096  # places in the order that are computed together: one by one each costs many times more
 
 
@@ -38,9 +40,10 @@ class Loader:
     """The micro batches of one rank, step by step, prepared ahead by threads or processes.
 
     Rank r of R has micro batches [r * M // R, (r + 1) * M // R) of each step. Steps are asked for in order, from
-    `start_step`. At least one whole step is prepared ahead, more if `prefetch` (micro batches) is larger. Decisions on
-    bad samples are read from `substitutes` and added to it. Close it, or use it with `with`. Raises ConfigError when
-    the batch sizes do not divide, or ranks outnumber micro batches.
+    `start_step`, without those that are `skipped`: of them nothing is read. At least one whole step is prepared ahead,
+    more if `prefetch` (micro batches) is larger. Decisions on bad samples are read from `substitutes` and added to it.
+    Close it, or use it with `with`. Raises ConfigError when the batch sizes do not divide, or ranks outnumber micro
+    batches.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Loader:
         prefetch: int = 4,
         start_step: int = 0,
         substitutes: Substitutes | None = None,
+        skipped: Skipped = NOTHING,
     ) -> None:
         if global_batch_size % micro_batch_size:
             raise ConfigError(
@@ -71,10 +75,11 @@ class Loader:
         self.wait_seconds = 0.0  # that the caller waited in the last step()
         self._own = range(rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size)
         self._micro_steps = -(-micro_batches // world_size)
-        self._next_step = start_step
+        self._skipped, self._next_step = skipped, skipped.next(start_step)
 
         planned = _Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
-        plans = (partial(planned.rows, step, j) for step in count(start_step) for j in self._own)
+        steps = (step for step in count(start_step) if not skipped.window(step))
+        plans = (partial(planned.rows, step, j) for step in steps for j in self._own)
         depth = max(prefetch, len(self._own))
         self._ahead = ahead.start(
             fill, plans, threads=threads, processes=processes, depth=depth, substitutes=substitutes
@@ -92,7 +97,7 @@ class Loader:
         began = time.perf_counter()
         batches = [self._ahead.take() for _ in self._own]
         self.wait_seconds = time.perf_counter() - began
-        self._next_step += 1
+        self._next_step = self._skipped.next(k + 1)
         if len(batches) < self._micro_steps:
             batches.append(replace(batches[-1], filler=True))
         return batches

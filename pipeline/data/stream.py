@@ -1,6 +1,6 @@
 """The training data of a run: its data sets, the order of their samples, and what has been decided on bad ones.
 
-    config.data -> data sets + mixture (which sample stands where) -> loader of one rank
+    config.data -> data sets + mixture (which sample stands where, which steps are left out) -> loader of one rank
                         |-> state: what a checkpoint keeps of the data, and `resume` holds against
 
 A run goes on with the same data in the same order, or not at all: every difference is named and refused, unless a
@@ -9,7 +9,7 @@ person asked for a new order on purpose. What it gives up: the state says which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.mixture import Mixture, Source
 from pipeline.data.order import block_samples
 from pipeline.data.reader import Sample, open_dataset
+from pipeline.data.skipped import Skipped
 from pipeline.errors import DataError
 
 VERSION = 1  # of the state
@@ -59,20 +60,31 @@ class Stream:
             global_batch=config.global_batch_size,
         )
         self.substitutes: Substitutes = {}
+        self.skipped = Skipped.of(config.data.skip_steps)
+        self.reordered = False  # whether this order begins where the run goes on
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the order, the size of a micro batch, and which samples stand for bad ones."""
+        """What a checkpoint keeps: the order, the size of a micro batch, which samples stand for bad ones, and which
+        steps are left out.
+        """
         return {
             "version": VERSION,
             "sources": [*self.config.data.train],
             "order": self.mixture.state,
             "micro_batch": self.config.micro_batch_size,
             "substitutes": sorted([source, number, by] for (source, number), by in self.substitutes.items()),
+            "skipped": [list(window) for window in self.skipped.windows],
         }
+
+    def leave_out(self, windows: Iterable[Sequence[int]]) -> None:
+        """Also leave these windows of steps, (first, last) each, out."""
+        self.skipped = Skipped.of([*self.skipped.windows, *windows])
 
     def resume(self, step: int, saved: Mapping[str, Any], new_order: bool) -> list[str]:
         """Go on as the checkpoint of `step` was going on; what a person should know of it, a line each.
+
+        Steps that it left out stay so; what is asked for now counts from `step` on.
 
         Raises DataError, naming every difference, for other data or another order, unless `new_order`.
         """
@@ -95,6 +107,9 @@ class Stream:
             for source, number, by in saved["substitutes"]
             if before[source] in now
         }
+        self.skipped = self.skipped.since(step)
+        self.leave_out(saved.get("skipped", ()))
+        self.reordered = bool(differences)
         notes: list[str] = []
         if reordered:
             self.mixture, notes = Mixture.continued(saved["order"], step, self.mixture, self._grown)
@@ -149,6 +164,7 @@ class Stream:
             prefetch=data.prefetch,
             start_step=first,
             substitutes=self.substitutes,
+            skipped=self.skipped,
         )
 
     def close(self) -> None:

@@ -95,6 +95,12 @@ class Console:
                 self.say(record["message"], style="bold yellow")
             case "skip":
                 self.say(f"step {record['step']:>6}  skipped: {record['reason']}", style="yellow")
+            case "spike" if record["rank"] == 0:
+                self.say(f"step {record['step']:>6}  {record['reason']}", style="yellow")
+            case "left_out":
+                self.say(f"steps {record['step']} to {record['last']} are left out", style="dim")
+            case "rollback":
+                self.say(record["message"], style="bold yellow")
             case "recompute":
                 self.say(f"step {record['step']:>6}  computed once more: {record['reason']}", style="yellow")
             case "cadence":

@@ -149,14 +149,16 @@ def follow(path: Path, stop: threading.Event) -> Iterator[Record]:
 
 
 def lineage(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records that count: without the steps that a later attempt did again, from a checkpoint or from the start."""
+    """The records that count: without the steps that a later attempt did again, from a checkpoint or from the start,
+    and those that a run has gone back to before.
+    """
     kept: list[Mapping[str, Any]] = []
     newest = 0
     for record in records:
         if record["attempt"] < newest:
             continue
         newest = record["attempt"]
-        if record["kind"] in ("start", "restore"):
+        if record["kind"] in ("start", "restore", "rollback"):
             kept = [earlier for earlier in kept if not _undone(earlier, record["step"])]
         kept.append(record)
     return kept
@@ -228,7 +230,7 @@ def _best(
 
 def _undone(record: Mapping[str, Any], step: int) -> bool:
     """Whether going on after `step` steps does again what the record is about."""
-    if record["kind"] in ("step", "skip", "health"):
+    if record["kind"] in ("step", "skip", "spike", "left_out", "health"):
         return record["step"] >= step
     return record["kind"] in ("evaluation", "save") and record["step"] > step
 

@@ -140,6 +140,8 @@ class Wandb:
             known = _rows(lineage(read(self._folder / "journal.jsonl").records), upto=step)
             self._rows = {at: row for at, row in known.items() if at > self._sent}
             self._send(at for at in list(self._rows) if at < step)
+        elif record["kind"] == "rollback":
+            self._run.alert("Gone back", record["message"], level="WARN")
         elif record["kind"] == "end":
             self._exit_code = int(record.get("reason") == "failed")
         elif record.get("metrics") and (step > self._sent or record["kind"] == "save"):

@@ -111,7 +111,8 @@ def test_each_is_read_back_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_rules_follow_from_the_configuration() -> None:
     changes = ["checkpoint.keep=3", "checkpoint.keep_best=2", "checkpoint.every=10", "evaluate.every=20"]
     config = configs.load("good.yaml", [*changes, "evaluate.best=test/loss", "evaluate.mode=min"])
-    assert Retention.of(config) == Retention(3, None, 2, "eval/test/loss", "min")
+    assert Retention.of(config) == Retention(3, None, 2, "eval/test/loss", "min", behind=3 + 10)
+    assert Retention.of(configs.load("good.yaml", ["guard.rollbacks=0"])).behind == 0
 
 
 @pytest.mark.parametrize(

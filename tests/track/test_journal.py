@@ -229,6 +229,8 @@ def test_rewinds_leave_one_value_a_step(path: Path) -> None:
     assert curve(records, "absent") == ([], [])
     fresh = attempts((1, 0, [step(k, k) for k in range(5)]), (2, 0, [step(0, 9)]))
     assert curve(fresh, "train/loss") == ([0], [9])  # nothing had been saved: began again
+    back = [*attempts((1, 0, [step(k, k) for k in range(9)])), {"attempt": 1, "kind": "rollback", "step": 5, "last": 9}]
+    assert curve(back, "train/loss")[0] == [0, 1, 2, 3, 4]  # before the next attempt has begun
     late = [*records, {"attempt": 1, "seq": 99, "time": 0, **step(50, 1)}]
     assert lineage(late) == lineage(records)  # a record of an attempt that others have gone past
 

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.sections import Track
 from pipeline.track.journal import Journal, Record
-from pipeline.track.wandb import Wandb, rows_in, steps_in
+from pipeline.track.wandb import Wandb, _frames, rows_in, steps_in
 
 # One attempt as a driver lives it: the journal is written, the sink is fed from it; `end` says how it ends.
 ATTEMPT = """
@@ -105,6 +105,36 @@ def test_each_step_once_through_kills_and_rewinds(tmp_path: Path, environment: d
     }
     assert scored == {10: 0.1, 20: 0.2, 30: 0.3, 40: 0.4, 50: 0.5, 60: 0.6}
     assert math.isnan(float(json.loads(rows[3]["optim/lr"])))
+
+
+def test_that_a_run_went_back_is_an_alert_and_its_curve_goes_on(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Steps 3 to 5 are left out after step 4 had been sent: each step stands once, and the gap is one."""
+    from wandb.proto import wandb_internal_pb2
+
+    journal, sink = Journal(tmp_path / "journal.jsonl", 1), Wandb(Track(wandb="offline"), tmp_path, "run", {})
+    records: list[Record] = [{"kind": "start", "step": 0}]
+    records += [{"kind": "step", "step": step, "metrics": {"train/loss": float(step)}} for step in range(5)]
+    records += [
+        {"kind": "rollback", "step": 3, "last": 5, "message": "going back to step 2"},
+        {"kind": "end", "step": 4},
+    ]
+    records += [{"kind": "restore", "step": 2}]
+    records += [{"kind": "step", "step": step, "metrics": {"train/loss": float(step)}} for step in (2, 6, 7)]
+    for record in records:
+        journal.write(record)
+        sink.write(record)
+    sink.close()
+    journal.close()
+    assert sink.notice is None
+    [file] = segments(tmp_path)
+    assert steps_in(file) == [0, 1, 2, 3, 4, 6, 7]
+    alerts = []
+    for payload, _ in _frames(file.read_bytes()):
+        record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
+        record.ParseFromString(payload)
+        if record.WhichOneof("record_type") == "alert":
+            alerts.append((record.alert.title, record.alert.text))
+    assert alerts == [("Gone back", "going back to step 2")]
 
 
 def test_no_key_means_offline_with_one_line(
