@@ -55,7 +55,7 @@ ORDINARY: dict[str, Curve] = {
 }
 
 
-def alarms(values: np.ndarray, window: int = 128, power: int = 4) -> list[int]:
+def alarms(values: np.ndarray, window: int = 128, power: int = 3) -> list[int]:
     recent, found = Recent(window, power), []
     for step, value in enumerate(values.tolist()):
         if recent.limit is not None and value > recent.limit:
