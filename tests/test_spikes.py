@@ -78,6 +78,18 @@ def test_ordinary_curves_raise_no_alarm(kind: str) -> None:
     assert {seed: steps for seed, steps in found.items() if steps} == {}
 
 
+@pytest.mark.parametrize("run", ["digits", "stdlib"])
+def test_the_recorded_curves_of_the_shipped_configurations_raise_none(run: str) -> None:
+    """configs/digits.yaml whole, configs/stdlib.yaml up to step 137, as one process trained them; a jump is found."""
+    recorded = json.loads(Path(__file__).with_name("curves.json").read_text())[run]
+    for name in ("loss", "grad_norm"):
+        values = np.array(recorded[name][recorded["warmup"] :])
+        assert len(values) > 64 and alarms(values) == []
+    losses = np.array(recorded["loss"][recorded["warmup"] :])
+    losses[-1] = 12.0  # from 0.03, and from 4.9 at the foot of a slope
+    assert alarms(losses) == [len(losses) - 1]
+
+
 def test_standard_deviations_would_alarm_on_the_same_curves() -> None:
     steps = np.arange(STEPS)
     kinds = ("classifier", "fitted classifier", "warm-up", "gradient norm")
