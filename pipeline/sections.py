@@ -218,7 +218,7 @@ class Guard(Strict):
     spike: Literal["off", "warn", "skip", "rollback"] = Field(
         default="warn", description="on a loss far above the recent ones; rollback: train on, go back if it stays there"
     )
-    spike_power: int = Field(default=4, ge=2, description="far above: median x (largest / median) to this power")
+    spike_power: int = Field(default=3, ge=2, description="far above: median x (largest / median) to this power")
     spike_window: int = Field(default=128, ge=8, description="steps that are recent; half of them must be known")
     rollbacks: int = Field(
         default=2, ge=0, description="times that the run goes back to before such steps; then it ends"

@@ -3,7 +3,7 @@
     limit = median x (largest / median) ^ power        over the last `window` ordinary values, never below 1.1 medians
 
 The largest of a hundred values shows how far up noise reaches, whatever the shape of its tail; the power goes as far
-again, and again, on the log scale. For normal noise the default, 4, is about 10 standard deviations above the median.
+again, and again, on the log scale. For normal noise the default, 3, is about 8 standard deviations above the median.
 The window of 128 steps, judged once half of it is filled, is that of OLMo-core's SkipStepOptimizer
 (src/olmo_core/optim/skip_step_optimizer.py); its limit of 6 standard deviations is not taken, as classification losses
 near 0 and gradient norms have long upper tails and pass it on ordinary days (tests/test_spikes.py counts how often).
