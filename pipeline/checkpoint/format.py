@@ -105,7 +105,7 @@ def commit(root: Path, staging: Path, manifest: Manifest, *, newest_attempt: Cal
     Refused (CheckpointError) when `manifest.attempt` is older than `newest_attempt` (another process has gone on from
     an earlier step and this one does not know it), when a newer attempt has already committed this step, or when a file
     named in the manifest is absent or of another size. One of the same step by this or an older attempt is replaced.
-    The newest attempt is asked for last, when all is on the disk: it may have taken long to answer.
+    The newest attempt is asked for when only the rename is left to do: a disk may have let this one wait for long.
     """
     target = root / checkpoint_name(manifest.step)
     try:

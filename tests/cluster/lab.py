@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
@@ -60,6 +60,13 @@ while read -r line; do :; done
 """
 
 
+class Worker(NamedTuple):
+    """A process that trains, as this machine numbers it."""
+
+    host: str
+    pid: int
+
+
 class Host(NamedTuple):
     """first: its process 1, as this machine numbers it.  port: its cable's end at the switch."""
 
@@ -90,13 +97,13 @@ class Lab:
             path.touch(mode=0o600)
             path.write_text(secrets.token_hex(32))
             self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-        names = [f"h{number}" for number in range(hosts)]
-        lines = ["127.0.0.1 localhost", *(f"{self.address(name)} {name}" for name in names)]
+        self.names = [f"h{number}" for number in range(hosts)]
+        lines = ["127.0.0.1 localhost", *(f"{self.address(name)} {name}" for name in self.names)]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")  # without a name that resolves gloo binds loopback
         try:
             self.switch = self._namespace("--net", "echo up; while read -r line; do :; done")
             self._network(self.switch.pid, "ip link add br0 type bridge && ip link set br0 up")
-            for name in names:
+            for name in self.names:
                 self.boot(name)
         except BaseException:
             self.close()
@@ -202,6 +209,26 @@ class Lab:
             if self.ray[host].poll() is not None or time.monotonic() > give_up:
                 raise RuntimeError(f"Ray did not start on {host}:\n{log.read_text()}")
             time.sleep(0.1)
+
+    def mend(self) -> None:
+        """Boot every host that is down, and start Ray on every host where it has ended."""
+        for host in self.names:
+            if host not in self.hosts:
+                self.boot(host)
+            if host not in self.ray or self.ray[host].poll() is not None:
+                self.start_ray(host, head=host == "h0")
+
+    def workers(self, folder: Path, attempt: int) -> dict[int, Worker]:
+        """By rank, the workers that live of an attempt at the run in `folder`: those that write its logs."""
+        networks = {os.readlink(f"/proc/{host.first}/ns/net"): name for name, host in self.hosts.items()}
+        found = {}
+        for output in Path("/proc").glob("[0-9]*/fd/1"):
+            with suppress(OSError):  # it has just ended
+                log, process = Path(os.readlink(output)).name, output.parents[1]
+                host = networks.get(os.readlink(process / "ns" / "net"))
+                if host and log.startswith(f"attempt-{attempt:04d}-rank-") and (folder / "logs" / log).exists():
+                    found[int(log.removesuffix(".log").rpartition("-")[2])] = Worker(host, int(process.name))
+        return found
 
     # ---------------------------------------------------------------- how it is held
     def __enter__(self) -> Lab:

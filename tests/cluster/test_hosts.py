@@ -8,13 +8,11 @@ number of workers, as a spare host takes over, and at another one as near as is 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,6 @@ from tests.cluster.lab import Lab
 from tests.cluster.test_runs import STEPS, assert_same_state, state, wait_for_step
 from tests.test_train import RESNET
 
-HOSTS = ("h0", "h1", "h2", "h3")
 SECONDS = 400  # that a run may take; the test fails then
 
 pytestmark = pytest.mark.root
@@ -40,18 +37,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     data = {"train": pictures, "evaluate": {"test": pictures}}
     task = {**RESNET, "name": "tests.zombie_task"}
     small_data.config(folder / "toy.yaml", task, folder / "pictures", data=data, steps=STEPS, zero={"stage": 2})
-    with Lab(folder, len(HOSTS)) as made:
+    with Lab(folder, 4) as made:
         yield made
 
 
 @pytest.fixture
 def hosts(lab: Lab) -> Lab:
     """The lab with Ray on every host, whatever the test before has done to them."""
-    for host in HOSTS:
-        if host not in lab.hosts:
-            lab.boot(host)
-        if host not in lab.ray or lab.ray[host].poll() is not None:
-            lab.start_ray(host, head=host == "h0")
+    lab.mend()
     return lab
 
 
@@ -74,19 +67,6 @@ def until(there: Path, process: subprocess.Popen[str]) -> None:
     while not there.exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-
-
-def hosts_of(lab: Lab, folder: Path, attempt: int) -> dict[int, str]:
-    """{rank: host} of the workers of an attempt that live: those that write its logs."""
-    networks = {os.readlink(f"/proc/{host.first}/ns/net"): name for name, host in lab.hosts.items()}
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/fd/1"):
-        with suppress(OSError):  # it has ended, or is none of ours
-            log = Path(os.readlink(path)).name
-            network = os.readlink(path.parents[1] / "ns" / "net")
-            if log.startswith(f"attempt-{attempt:04d}-rank-") and (folder / "logs" / log).exists():
-                found[int(log.removesuffix(".log").rpartition("-")[2])] = networks[network]
-    return found
 
 
 def losses(folder: Path) -> tuple[list[int], list[float]]:
@@ -152,7 +132,7 @@ def test_a_host_that_was_cut_off_commits_too_late(hosts: Lab, quiet: Path) -> No
     zombie = (folder / "held").read_text()
     hosts.cut(zombie)
     until(folder / "late", process)
-    assert newest_attempt(folder) == 2 and zombie in hosts_of(hosts, folder, 1).values()
+    assert newest_attempt(folder) == 2 and hosts.workers(folder, 1)[0].host == zombie
     refused = (folder / "late").read_text()
     assert "not committed: attempt 1 has been superseded by attempt 2" in refused
     assert "Nothing was changed; this process should end." in refused
@@ -162,7 +142,7 @@ def test_a_host_that_was_cut_off_commits_too_late(hosts: Lab, quiet: Path) -> No
     assert "was lost in" in output and "going on from the last checkpoint (restart 1 of 8)" in output
     assert "going on from step 5" in output
     hosts.ray[zombie].wait(timeout=60)  # Ray on the host that was given up ends by itself, and the worker with it
-    assert hosts_of(hosts, folder, 1) == {}
+    assert hosts.workers(folder, 1) == {}
     assert_one_line_of_history(folder)
     assert_same_state(folder, quiet)
     assert losses(folder) == losses(quiet)
@@ -175,7 +155,7 @@ def test_a_host_that_is_preempted_is_left_in_time(hosts: Lab, quiet: Path) -> No
     """
     process, folder = train(hosts, "preempted")
     wait_for_step(folder, 6, 1, process)
-    leaving = hosts_of(hosts, folder, 1)[1]
+    leaving = hosts.workers(folder, 1)[1].host
     hosts.preempt(leaving)
     output = finish(process)
     assert f"{leaving} is about to leave: finishing the step and saving" in output
@@ -196,12 +176,9 @@ def test_the_same_command_goes_on_after_the_head_was_killed(hosts: Lab, quiet: P
     hosts.kill("h0")
     assert process.wait(timeout=10) == -signal.SIGKILL
     owner = json.loads((folder / "lease.json").read_text())
-    for host in HOSTS[1:]:
-        hosts.ray[host].wait(timeout=120)  # without a head Ray ends on the others too
-    for host in HOSTS:
-        if host == "h0":
-            hosts.boot(host)
-        hosts.start_ray(host, head=host == "h0")
+    for ray in hosts.ray.values():
+        ray.wait(timeout=120)  # without a head it ends on the others too
+    hosts.mend()
     process, _ = train(hosts, "head")
     output = finish(process)
     assert f"process {owner['pid']} on host h0 owned this run; waiting up to 30 s for a sign of life" in output
