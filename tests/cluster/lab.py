@@ -119,8 +119,9 @@ class Lab:
         first = children(process.pid)[0]
         self._ports += 1
         port = f"port{self._ports}"  # the old one of a host that is booted again may be there for a moment
-        cable = f"ip link add {port} type veth peer name eth0 netns {first} && ip link set {port} master br0 up"
-        self._network(self.switch.pid, cable)
+        card = f"address 02:00:00:00:00:{10 + int(host[1:]):02x}"  # a host that is booted again has the same
+        cable = f"ip link add {port} type veth peer name eth0 {card} netns {first}"
+        self._network(self.switch.pid, f"{cable} && ip link set {port} master br0 up")
         eth0 = f"ip addr add {self.address(host)}/24 dev eth0 && ip link set eth0 up && ip link set lo up"
         self._network(first, eth0)
         self.hosts[host] = Host(process, first, port)
@@ -276,9 +277,11 @@ def children(pid: int) -> list[int]:
 
 
 def _reap(process: subprocess.Popen[str]) -> None:
-    """End what stands outside of a host: with `unshare` the host dies too."""
-    process.kill()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()
-    process.wait()
+    """End what stands outside of a host: nsenter, or `unshare`, which waits until all of its host is dead."""
+    if process.stdin is None:
+        process.kill()
+    else:
+        process.stdin.close()
+    process.wait(timeout=PATIENCE_SECONDS)
+    if process.stdout is not None:
+        process.stdout.close()
