@@ -96,6 +96,7 @@ def assert_one_line_of_history(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def quiet(lab: Lab) -> Path:
     """The run that is left in peace, with two workers."""
+    lab.mend()
     process, folder = train(lab, "quiet")
     finish(process)
     return folder
