@@ -1,10 +1,11 @@
 """Seconds from a fault of a host to the next useful step, beside a cold start of the same run.
 
-    worker killed      SIGKILL of one worker
-    host killed        SIGKILL of all that runs on a host: the others see their connections reset
-    host cut off       its cable is pulled: the others see nothing
-    host preempted     SIGTERM to its `ray start --block`
-    head killed        with the driver; then a new head and the same command, from which the seconds count
+    worker     SIGKILL of one worker
+    host       SIGKILL of all that runs on a host: the others see their connections reset
+    cut        its cable is pulled: the others see nothing
+    preempt    SIGTERM to its `ray start --block`
+    head       the head's host is killed, with the driver; then a new cluster and the same command, from which the
+               seconds count
 
 Hosts are namespaces of this machine (tests/cluster/lab.py; needs root): a head that offers no slot and three of one
 slot each, of which two train and one is the spare. Ray runs when the command is given, so a cold start is the command
@@ -42,7 +43,13 @@ TARGET = 1.3  # times a cold start, and what the detection takes
 WARM_STEPS = 30  # before the fault: the usual length of a step is known then
 SAVE_EVERY = 10
 TIMEOUT_SECONDS = 300
-FAULTS = ("worker killed", "host killed", "host cut off", "host preempted", "head killed")
+FAULTS = {
+    "worker": "worker killed",
+    "host": "host killed",
+    "cut": "host cut off",
+    "preempt": "host preempted",
+    "head": "head killed",
+}
 
 
 class Seconds(NamedTuple):
@@ -58,15 +65,15 @@ def strike(lab: Lab, folder: Path, fault: str) -> str:
     """Let it happen to the worker of rank 1, or its host; that host's name."""
     host, pid = lab.workers(folder, 1)[1]
     match fault:
-        case "worker killed":
+        case "worker":
             os.kill(pid, signal.SIGKILL)
-        case "host killed":
+        case "host":
             lab.kill(host)
-        case "host cut off":
+        case "cut":
             lab.cut(host)
-        case "host preempted":
+        case "preempt":
             lab.preempt(host)
-        case "head killed":  # and all else: an operator or a batch system brings up a new cluster
+        case "head":  # and all else: an operator or a batch system brings up a new cluster
             for name in list(lab.hosts):
                 lab.kill(name)
             lab.mend()
@@ -124,7 +131,7 @@ def measure(lab: Lab, fault: str, name: str) -> Seconds:
     useful = step(2, done + 1) - began
     lab.send(process, signal.SIGINT)
     process.communicate(timeout=TIMEOUT_SECONDS)
-    if fault in ("host cut off", "host preempted"):
+    if fault in ("cut", "preempt"):
         lab.kill(host)
     return Seconds(cold, detected, again, useful)
 
@@ -150,13 +157,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="millstream-hosts-") as folder:
         keys = {"steps": 100_000, "checkpoint": {"every": SAVE_EVERY}, "cluster": {"workers": 2}}
         cases.write(Path(folder), "convnet", options.size, **keys)
-        with Lab(Path(folder), 4) as lab:
+        with Lab(Path(folder), 4, dashboard=False) as lab:
             for repeat in range(options.repeats):
                 for fault, measured in seconds.items():
-                    measured.append(measure(lab, fault, f"{fault.replace(' ', '-')}-{repeat}"))
-                    print(fault, *(f"{value:.1f}" for value in measured[-1]), flush=True)
+                    measured.append(measure(lab, fault, f"{fault}-{repeat}"))
+                    print(FAULTS[fault], *(f"{value:.1f}" for value in measured[-1]), flush=True)
     header = ["fault", "cold start", "detected", "next step", "next useful step", "range", "target"]
-    body = report.table(header, [row(name, measured) for name, measured in seconds.items()])
+    body = report.table(header, [row(FAULTS[fault], measured) for fault, measured in seconds.items()])
     print(body)
     if options.save:
         facts = [

@@ -78,11 +78,12 @@ class Host(NamedTuple):
 class Lab:
     """Hosts h0, h1, ... with the addresses 10.77.0.10, 10.77.0.11, ...; `with` takes them down whatever happens.
 
-    shared: a folder that all see under the same path.  token: Ray asks for one; every host has it.
+    shared: a folder that all see under the same path.  token: Ray asks for one; every host has it.  dashboard: the head
+    has one, and with it the Jobs API.
     """
 
-    def __init__(self, shared: Path, hosts: int, *, token: bool = False) -> None:
-        self.shared = shared.resolve()
+    def __init__(self, shared: Path, hosts: int, *, token: bool = False, dashboard: bool = True) -> None:
+        self.shared, self.dashboards = shared.resolve(), dashboard
         self.folder = self.shared / "lab"
         self.hosts: dict[str, Host] = {}
         self.ray: dict[str, subprocess.Popen[str]] = {}  # `ray start --block` of each host
@@ -197,6 +198,7 @@ class Lab:
         where = [f"--node-ip-address={self.address(host)}", "--object-store-memory=100000000", "--disable-usage-stats"]
         if head:
             where += ["--head", f"--port={RAY_PORT}", f"--dashboard-host={self.address(host)}"]
+            where += [f"--include-dashboard={self.dashboards}"]
             environment = FAST | environment
         else:
             where += [f"--address={self.ray_address}"]

@@ -37,7 +37,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     data = {"train": pictures, "evaluate": {"test": pictures}}
     task = {**RESNET, "name": "tests.zombie_task"}
     small_data.config(folder / "toy.yaml", task, folder / "pictures", data=data, steps=STEPS, zero={"stage": 2})
-    with Lab(folder, 4) as made:
+    with Lab(folder, 4, dashboard=False) as made:
         yield made
 
 
