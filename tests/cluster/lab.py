@@ -145,7 +145,7 @@ class Lab:
 
     def run(self, host: str, command: Sequence[str], **environment: str) -> str:
         """Run a command on a host to its end; its output. Raises RuntimeError with it when it fails."""
-        process = self.start(host, command, **environment)
+        process = self.start(host, command, output=subprocess.PIPE, **environment)
         output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} on {host}: exit {process.returncode}\n{output}")
