@@ -42,7 +42,8 @@ FAST = {
     "RAY_health_check_failure_threshold": "3",
 }
 
-# Process 1 of a host. A shell, because it must reap orphans. Of /tmp only $SHARED is that of the other hosts.
+# Process 1 of a host. A shell, because it must reap orphans. Of /tmp only $SHARED is that of the other hosts. As on a
+# machine every boot has an id of its own.
 BOOT = """
 set -e
 mount --make-rprivate /
@@ -54,6 +55,8 @@ case $SHARED in
     /tmp/*) mkdir -p "$LAB/tmp/${SHARED#/tmp/}" && mount --bind "$SHARED" "$LAB/tmp/${SHARED#/tmp/}" ;;
 esac
 mount --rbind "$LAB/tmp" /tmp
+cat /proc/sys/kernel/random/uuid >/tmp/boot_id
+mount --bind /tmp/boot_id /proc/sys/kernel/random/boot_id
 hostname "$NAME"
 echo up
 while read -r line; do :; done
