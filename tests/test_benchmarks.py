@@ -45,6 +45,16 @@ def test_exports_stand_beside_save_pretrained(tmp_path: Path) -> None:
     assert all(float(row[3].replace(",", "")) > 100 and row[4].startswith("MISSED") for row in rows[::2])  # toy files
 
 
+@pytest.mark.root
+@pytest.mark.slow
+def test_a_fault_stands_beside_a_cold_start(tmp_path: Path) -> None:
+    lines = script("hosts.py", "--size toy --repeats 1 --fault preempt", tmp_path)
+    ((fault, *seconds, _, verdict),) = cells(lines)
+    cold, detected, again, useful = map(float, seconds)
+    assert fault == "host preempted" and cold > 0 and 0 <= detected < again <= useful
+    assert verdict.split()[0] in ("met", "MISSED") and float(verdict.split()[-1].strip(")")) > cold
+
+
 def test_three_loops_take_turns(tmp_path: Path) -> None:
     rows = cells(script("step.py", "--size toy --case language --starts 1 --rounds 2 --steps 2 --warmup 1", tmp_path))
     assert [row[:2] for row in rows] == [["language", loop] for loop in ("millstream", "bare", "trainer")]

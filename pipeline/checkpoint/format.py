@@ -85,31 +85,35 @@ def stage(root: Path, step: int, attempt: int, bytes_needed: int = 0) -> Path:
     return staging
 
 
-def commit(root: Path, staging: Path, manifest: Manifest, *, newest_attempt: int) -> Path:
+def commit(root: Path, staging: Path, manifest: Manifest, *, newest_attempt: Callable[[], int]) -> Path:
     """Turns a staging folder into a checkpoint, or removes it; afterwards the whole new checkpoint is on the disk.
 
     Refused (CheckpointError) when `manifest.attempt` is older than `newest_attempt` (another process has gone on from
     an earlier step and this one does not know it), when a newer attempt has already committed this step, or when a file
     named in the manifest is absent or of another size. One of the same step by this or an older attempt is replaced.
+    The newest attempt is asked for when only the rename is left to do: a disk may have let this one wait for long.
     """
     target = root / checkpoint_name(manifest.step)
     try:
-        _check_fence(target, manifest, newest_attempt)
         for name, digest in manifest.files.items():
             damage = _check_file(staging, False, name, digest)
             if damage is not None:
                 raise CheckpointError(f"checkpoint of step {manifest.step} not committed: {damage}")
         write(staging / MANIFEST, [manifest.to_bytes()])
-        return adopt(staging, target)
+        return adopt(staging, target, lambda: _check_fence(target, manifest, newest_attempt()))
     except CheckpointError:
         discard(staging)
         raise
 
 
-def adopt(staging: Path, target: Path) -> Path:
-    """Gives a staging folder that holds a whole checkpoint, its manifest included, its name; replaces what has it."""
+def adopt(staging: Path, target: Path, check: Callable[[], None] = lambda: None) -> Path:
+    """Gives a staging folder that holds a whole checkpoint, its manifest included, its name; replaces what has it.
+
+    check: raises when that must not be; called when only the rename is left to do.
+    """
     with disk.explained(target):
         disk.sync(staging)
+        check()
         replaced = _set_aside(target)
         disk.rename(staging, target)
         disk.sync(target.parent)

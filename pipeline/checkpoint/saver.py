@@ -225,7 +225,7 @@ class Saver:
     def _commit(self, flight: _Flight, written: list[Any]) -> tuple[Path, list[Path]]:
         manifest = facts.describe(self._engine, self._config, flight.snapshot, written, flight.facts)
         fragments.check_coverage(flight.snapshot.parameters, flight.snapshot.keys, manifest.fragments)
-        path = format.commit(self._folder, flight.staging, manifest, newest_attempt=self._newest())
+        path = format.commit(self._folder, flight.staging, manifest, newest_attempt=self._newest)
         self._committed()
         return path, self._prune()
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from pipeline.sections import Cluster
 
-ANSWER_SECONDS = 2.0  # that a raylet has to accept a connection
+CONNECT_SECONDS = 10.0  # that the head has to accept a connection
+ANSWER_SECONDS = 2.0  # that a raylet has
 
 
 class Node(NamedTuple):
@@ -22,6 +23,13 @@ class Node(NamedTuple):
     id: str
     slots: int
     place: tuple[str, int]
+
+
+def reach(address: str) -> None:
+    """OSError when nobody listens at HOST:PORT; Ray itself would ask again for many minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def usable(cluster: Cluster, use_gpu: bool) -> list[Node]:

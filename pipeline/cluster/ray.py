@@ -60,8 +60,9 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
                 _temp_dir=scratch,
             )
         else:
+            nodes.reach(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise RunError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     try:

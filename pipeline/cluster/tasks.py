@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from pipeline.cluster.nodes import reach
 from pipeline.data.parallel import AHEAD, Mapping, ahead
 from pipeline.errors import RunError
-
-CONNECT_SECONDS = 10
 
 
 @contextmanager
@@ -27,7 +25,7 @@ def connected(address: str) -> Iterator[Mapping]:
     import ray
 
     try:
-        _reach(address)
+        reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(f"no Ray cluster at {address}: {error}; leave --address out to use this machine") from error
@@ -35,13 +33,6 @@ def connected(address: str) -> Iterator[Mapping]:
         yield over_ray
     finally:
         ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """OSError when nobody listens at HOST:PORT; Ray itself would ask again for many minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def over_ray(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

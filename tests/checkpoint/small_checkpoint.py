@@ -41,7 +41,7 @@ def save(
         journal={"attempt": attempt, "seq": 7 * step},
         metrics=dict(metrics or {"train/loss": 0.1 + step}),
     )
-    return format.commit(root, staging, manifest, newest_attempt=attempt if newest_attempt is None else newest_attempt)
+    return format.commit(root, staging, manifest, newest_attempt=lambda: newest_attempt or attempt)
 
 
 def found_step(root: Path) -> int | None:

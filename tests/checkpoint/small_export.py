@@ -123,4 +123,4 @@ def written_anew(one: Saved, root: Path, state: dict[tuple[str, str], Tensor], *
         files={"rank-00000.safetensors": digest},
         **changes,
     )
-    return format.commit(root, staging, manifest, newest_attempt=1)
+    return format.commit(root, staging, manifest, newest_attempt=lambda: 1)

@@ -40,7 +40,7 @@ def save(root: Path, values: dict[tuple[str, str], Tensor], ranks: int = 1, **ch
         places += [fragment.place(name) for fragment in held]
     shapes = {name: tuple(values[name, "master"].shape) for name, key in values if key == "master"}
     manifest = Manifest(parameters=shapes, fragments=tuple(places), files=files, **facts)
-    return format.commit(root, staging, manifest, newest_attempt=manifest.attempt)
+    return format.commit(root, staging, manifest, newest_attempt=lambda: manifest.attempt)
 
 
 def compare(a: Path, b: Path) -> Diff:

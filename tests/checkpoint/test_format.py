@@ -159,6 +159,20 @@ def test_superseded_attempt_cannot_commit(tmp_path: Path) -> None:
     assert everything(tmp_path) == before and found_step(tmp_path) == 20
 
 
+def test_an_attempt_that_begins_while_the_disk_is_waited_for_counts(tmp_path: Path) -> None:
+    staging = format.stage(tmp_path, 10, 1)
+    digest = format.write(staging / "a", [bytes(100)])
+    written: list[bool] = []
+
+    def newest() -> int:
+        written.append((staging / format.MANIFEST).exists())
+        return 2
+
+    with pytest.raises(CheckpointError, match="superseded by attempt 2"):
+        format.commit(tmp_path, staging, Manifest(10, 1, 1, 0, "fp32", {}, (), {"a": digest}), newest_attempt=newest)
+    assert written == [True] and os.listdir(tmp_path) == []
+
+
 def test_same_step_is_replaced_by_a_newer_attempt(tmp_path: Path) -> None:
     save(tmp_path, 20, attempt=1)
     save(tmp_path, 20, attempt=2)
@@ -174,7 +188,7 @@ def test_commit_refuses_what_is_not_there(tmp_path: Path) -> None:
         harm(staging / "a")
         manifest = Manifest(10, 1, 1, 0, "fp32", {}, (), {"a": digest})
         with pytest.raises(CheckpointError, match=r"step 10 not committed.*/a "):
-            format.commit(tmp_path, staging, manifest, newest_attempt=1)
+            format.commit(tmp_path, staging, manifest, newest_attempt=lambda: 1)
         assert os.listdir(tmp_path) == []
 
 
