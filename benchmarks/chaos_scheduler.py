@@ -51,7 +51,9 @@ class Scheduler:
         return sum(code > 0 and code != AGAIN for _, code in self.ends)
 
     def start(self) -> None:
+        """Start the command, in a session of its own, on a Ray cluster of its own."""
         marked = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: str(self._config)}
+        marked.pop("RAY_ADDRESS", None)
         with self.output.open("ab") as output:
             self.processes.append(
                 subprocess.Popen(

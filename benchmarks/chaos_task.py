@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Config(language_modeling.Config):
     """The `task` section."""
 
-    name: str
+    name: str = "benchmarks.chaos_task"
     once: str | None = Field(default=None, description="a file; whoever takes it away has one loss that is NaN")
     poison: tuple[int, ...] = Field(default=(), description="numbers of samples whose loss is NaN, always")
 
