@@ -41,6 +41,7 @@ class Chaos:
         self._watch = Watch(folder)
         self._told = 0
         self._last_command = False  # its end is the end
+        self._told_to_stop: object = None  # the process
         self._strikes: dict[str, Callable[[], float | None]] = {
             "worker killed": lambda: self._signal_worker(signal.SIGKILL) if self._listening() else None,
             "worker stopped": lambda: self._signal_worker(signal.SIGSTOP) if self._stepping() else None,
@@ -123,8 +124,8 @@ class Chaos:
         while True:
             self._wait(self._stepping, STUCK_SECONDS)
             self._last_command = True
-            if self._signal_driver(signal.SIGTERM) is not None:
-                self._wait(lambda: len(self._scheduler.ends) == len(self._scheduler.processes), STUCK_SECONDS)
+            self._signal_driver(signal.SIGTERM)
+            self._wait(lambda: len(self._scheduler.ends) == len(self._scheduler.processes), STUCK_SECONDS)
             code = self._scheduler.process.poll()
             if code == AGAIN:
                 return
@@ -139,8 +140,10 @@ class Chaos:
         return len(self._scheduler.ends) < len(self._scheduler.processes) and self._watch.since("attempt", began)
 
     def _stepping(self) -> bool:
-        """Whether the newest attempt, of the newest command, has come to its steps."""
+        """Whether the newest attempt, of the newest command, has come to its steps and is not about to leave."""
         attempt = self._watch.attempt
+        if self._told_to_stop is self._scheduler.process:
+            return False
         begun = any(self._watch.since(kind, 0.0, attempt) for kind in ("start", "restore"))
         return self._listening() and begun and not self._watch.since("failure", 0.0, attempt)
 
@@ -164,6 +167,8 @@ class Chaos:
         if self._scheduler.process.poll() is not None:
             return None
         self._scheduler.process.send_signal(number)
+        if number == signal.SIGTERM:
+            self._told_to_stop = self._scheduler.process
         return at
 
     def _ask_for_nan(self) -> float:
