@@ -31,10 +31,14 @@ class Learnt(NamedTuple):
 
 
 class Cadence:
-    """Which steps are saved. All ranks make the same calls and get the same answers."""
+    """Which steps are saved. All ranks make the same calls and get the same answers.
+
+    between_failures: seconds; rank 0's counts, which alone has read the journal.
+    """
 
     def __init__(self, world: World, rule: Checkpoint, first: int, between_failures: float) -> None:
-        self._world, self._every, self._mean = world, rule.every, between_failures
+        self._world, self._every = world, rule.every
+        self._mean = float(world.gather([between_failures])[0, 0])
         self._interval = FIRST_STEPS
         self._next = first + FIRST_STEPS
 

@@ -8,10 +8,12 @@ import pytest
 
 from pipeline import config as configs
 from pipeline.checkpoint import cadence
+from pipeline.checkpoint.saver import Saved
 from pipeline.cluster import driver
 from pipeline.run import Run
 from pipeline.sections import Checkpoint
-from tests import small_data
+from pipeline.session import World
+from tests import gloo, small_data
 
 
 def test_the_interval_is_the_one_that_costs_least() -> None:
@@ -49,3 +51,15 @@ def test_a_run_finds_its_interval(tmp_path: Path) -> None:
     for record in learnt:
         found = cadence.interval(record["save_seconds"], record["step_seconds"], 3.6)
         assert record["every"] == found and record["save_seconds"] > 0
+
+
+def learns(world: World) -> cadence.Learnt | None:
+    """Only rank 0 has read of failures, and each rank has other costs."""
+    seconds = 100.0 if world.rank == 0 else 86_400.0
+    found = cadence.Cadence(world, Checkpoint(every="auto"), 0, seconds)
+    return found.learn(Saved(20, None, None, 0.5 + world.rank, 1.0, 1), 0.25)
+
+
+def test_all_ranks_find_the_same_interval() -> None:
+    one, other = gloo.run(learns, 2)
+    assert one == other == (cadence.interval(1.5, 0.25, 100.0), 1.5, 0.25)
