@@ -51,6 +51,7 @@ PLANTED = tuple(range(40, 100_000, 400))  # numbers of the samples whose loss is
 MOUNTS = "MILLSTREAM_CHAOS_MOUNTS"  # in the environment once this process may mount
 # Nobody listens there. The key is only as long as one.
 AWAY = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+EQUAL = {"RAY_worker_niceness": "0"}  # as all other work of the machine; Ray puts its workers behind it (15)
 
 
 class Part(NamedTuple):
@@ -107,7 +108,7 @@ def part(name: str, folder: Path, values: dict[str, Any], plan: argparse.Namespa
         disk = run.folder / "checkpoints"
         if plan.mounts:
             owned.enter_context(small_disk(disk, DISK_MEGABYTES))
-        scheduler = Scheduler(path, AWAY)
+        scheduler = Scheduler(path, EQUAL | AWAY)
         chaos = Chaos(scheduler, run.folder, kinds, once, disk, plan.seed, say)
         owned.callback(chaos.close)
         began = time.monotonic()
@@ -127,7 +128,7 @@ def in_peace(folder: Path, values: dict[str, Any], name: str, steps: int, say: S
     """The run without faults, and its seconds. Raises Stuck."""
     path = write(folder, values, f"{name}-peace", steps=steps, checkpoint={"every": 1_000_000})
     run = Run(folder / "runs" / path.stem)
-    scheduler, watch, began = Scheduler(path, {}), Watch(run.folder), time.monotonic()
+    scheduler, watch, began = Scheduler(path, EQUAL), Watch(run.folder), time.monotonic()
     told = began
     try:
         scheduler.start()

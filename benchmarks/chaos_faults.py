@@ -1,8 +1,9 @@
 """Real faults to a real run, from outside, at random moments.
 
-Kinds come in a seeded order, each at a random time after the last (exponential); whom they hit follows from the
-journal and from /proc. What it gives up: the seed decides order, gaps and victims; at which step a fault strikes, the
-clock decides. A fault waits until there is somebody to hit: a worker, an attempt that steps, a driver that listens.
+Kinds come in a seeded order, each at a random time (exponential) after the run steps again, a quarter of them after the
+last fault, so that starts are hit too; whom they hit follows from the journal and from /proc. What it gives up: the seed
+decides order, gaps and victims; at which step a fault strikes, the clock decides. A fault waits until there is somebody
+to hit: a worker, an attempt that steps, a driver that listens.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pipeline.cluster.output import rank_log
 POLL_SECONDS = 0.05
 STUCK_SECONDS = 300.0  # without a new record in the journal
 FULL_SECONDS = 60.0  # that the disk stays full when nobody saves
+WHATEVER_IT_DOES = 0.25  # share of the faults that do not wait until the run steps again
 MANUAL_STEPS = 3  # after so many it is given up
 
 Say = Callable[[str], None]
@@ -61,11 +63,11 @@ class Chaos:
             if gap > left and len(self.faults) >= least:
                 self._wait(lambda: False, left)
                 break
+            if self._draw.random() > WHATEVER_IT_DOES:
+                self._wait(self._steps_again, STUCK_SECONDS)
             self._wait(lambda: False, gap)
             self._strike(next(order))
-        last = self.faults[-1]
-        after = last.attempt + (last.kind in ENDS_AN_ATTEMPT)
-        self._wait(lambda: not self._once.exists() and self._watch.since("step", last.at, after), STUCK_SECONDS)
+        self._wait(lambda: self._steps_again() and not self._once.exists(), STUCK_SECONDS)
         self._leave()
 
     def close(self) -> None:
@@ -133,6 +135,13 @@ class Chaos:
                 raise Stuck(f"does not stop\n{self._scheduler.tail()}")
             self._last_command = False
             self._scheduler.start()
+
+    def _steps_again(self) -> bool:
+        """Whether a step was done since the last fault, and not by the attempt that it ended."""
+        if not self.faults:
+            return self._watch.since("step", 0.0)
+        last = self.faults[-1]
+        return self._watch.since("step", last.at, last.attempt + (last.kind in ENDS_AN_ATTEMPT))
 
     def _listening(self) -> bool:
         """Whether the newest command has begun an attempt: from then on it handles signals."""
