@@ -1,9 +1,9 @@
 """Real faults to a real run, from outside, at random moments.
 
 Kinds come in a seeded order, each at a random time (exponential) after the run steps again, a quarter of them after the
-last fault, so that starts are hit too; whom they hit follows from the journal and from /proc. What it gives up: the seed
-decides order, gaps and victims; at which step a fault strikes, the clock decides. A fault waits until there is somebody
-to hit: a worker, an attempt that steps, a driver that listens.
+last fault, so that starts are hit too; whom they hit follows from the journal and from /proc. What it gives up: the
+seed decides order, gaps and victims; at which step a fault strikes, the clock decides. A fault waits until there is
+somebody to hit: a worker, an attempt that steps, a driver that listens.
 """
 
 from __future__ import annotations
