@@ -86,7 +86,7 @@ def base(folder: Path) -> dict[str, Any]:
     # A rate that does not depend on when the run will end, for nobody knows yet.
     values["optim"]["schedule"] = {"name": "constant", "warmup": 20}
     values["task"]["name"] = "benchmarks.chaos_task"
-    stall = {"start": 300, "restore": 120, "data": 60, "step": 30, "save": 120, "commit": 120}
+    stall = {"start": 600, "restore": 120, "data": 60, "step": 60, "save": 120, "commit": 120}
     values["guard"] = {"stall": stall}
     values["cluster"] = {"workers": 2, "restarts": 1_000_000}
     return values | {"zero": {"stage": 2}, "steps": 1_000_000}

@@ -22,7 +22,7 @@ from chaos_scheduler import AGAIN, Scheduler, Stuck, Watch
 from pipeline.cluster.output import rank_log
 
 POLL_SECONDS = 0.05
-STUCK_SECONDS = 300.0  # without a new record in the journal
+STUCK_SECONDS = 900.0  # without a new record in the journal
 FULL_SECONDS = 60.0  # that the disk stays full when nobody saves
 WHATEVER_IT_DOES = 0.25  # share of the faults that do not wait until the run steps again
 MANUAL_STEPS = 3  # after so many it is given up

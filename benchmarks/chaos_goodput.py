@@ -65,8 +65,9 @@ class Fault:
 class Costs(NamedTuple):
     """Measured, in seconds of wall time, and counts of faults.
 
-    wall: of the ledger.  start: before the first step of all.  ending: faults that ended an attempt.  undoing: those of
-    them that undo work.  notice, restart: of a fault that ended an attempt, on average.  save: that one keeps waiting.
+    wall: of the ledger.  start: before the first step of all, unless a fault was in the way.  ending: faults that ended
+    an attempt.  undoing: those of them that undo work.  notice, restart: of a fault that ended an attempt, on average.
+    save: that one keeps waiting.
     """
 
     wall: float
@@ -103,6 +104,12 @@ def follow_up(faults: Iterable[Fault], records: Records, ends: Sequence[float]) 
                 break
 
 
+def not_injected(records: Records, faults: Sequence[Fault]) -> list[str]:
+    """What failures say of attempts that no fault was meant to end."""
+    hit = {fault.attempt for fault in faults if fault.kind in ENDS_AN_ATTEMPT}
+    return [record["message"] for record in records if record["kind"] == "failure" and record["attempt"] not in hit]
+
+
 def costs(records: Records, faults: Sequence[Fault]) -> Costs:
     """What was measured. Faults of which one came before the run had recovered from another share their seconds."""
     ranks = next(record["workers"] for record in records if record["kind"] == "attempt")
@@ -110,13 +117,14 @@ def costs(records: Records, faults: Sequence[Fault]) -> Costs:
     begin, end = records[0]["time"], max(record["time"] for record in records)
     first = next(record for record in records if record["kind"] == "step")
     ending = [fault for fault in faults if fault.kind in ENDS_AN_ATTEMPT]
-    down = union([(max(f.at, begin), f.useful[0] if f.useful else end) for f in ending])
+    downs = [(max(f.at, begin), f.useful[0] if f.useful else end) for f in ending]
+    down, first_step = union(downs), first["time"] - first["metrics"]["time/step_seconds"]
     noticing = [seconds for fault in ending if (seconds := fault.seconds_to_notice) is not None]
     notice = mean(noticing) if noticing else 0.0
     saves = sum(record["kind"] in ("save", "save_failed") for record in records)
     return Costs(
         wall=sum(spent.values()) / ranks,
-        start=first["time"] - first["metrics"]["time/step_seconds"] - begin,
+        start=union([*downs, (begin, first_step)]) - down,
         ending=len(ending),
         undoing=sum(fault.kind in UNDOES_WORK for fault in ending),
         notice=notice,
@@ -127,7 +135,7 @@ def costs(records: Records, faults: Sequence[Fault]) -> Costs:
 
 def bound(costs: Costs) -> Bound:
     """The largest expected share of useful time; see above."""
-    if not costs.undoing or not costs.save:
+    if not costs.undoing or not costs.save or not costs.up:
         return Bound(math.inf if costs.save else 0.0, costs.up / costs.wall)
     rate = costs.undoing / costs.up
     between = interval(costs.save, rate)

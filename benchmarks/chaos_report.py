@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import report
-from chaos_goodput import Bound, Costs, Fault, bound, costs
+from chaos_goodput import Bound, Costs, Fault, bound, costs, not_injected
 
 from pipeline.track import goodput
 
@@ -54,12 +54,14 @@ def told(part: Part) -> str:
     return (
         f"{len(part.faults)} faults in {part.seconds / 60:.1f} minutes, {part.steps} steps; the command ended with "
         f"{ends} (negative: the signal that killed it); manual steps: {part.manual_steps}; left behind: "
-        f"{', '.join(part.left) or 'nothing'}"
+        f"{', '.join(part.left) or 'nothing'}; attempts that failed without a fault of ours: "
+        f"{'; '.join(not_injected(part.records, part.faults)) or 'none'}"
     )
 
 
 def against(found: Goodput) -> str:
-    useful, steps = found.useful / found.bound.share, found.steps / found.bound.share
+    best = found.bound.share or math.inf  # a run that never came to its steps
+    useful, steps = found.useful / best, found.steps / best
     met = "met" if useful >= TARGET else "MISSED"
     return (
         f"useful {found.useful:.1%} of all time, bound {found.bound.share:.1%}: {useful:.3f} of it ({met}, "
