@@ -84,7 +84,7 @@ def base(folder: Path) -> dict[str, Any]:
     """What all runs have in common. Pack the data."""
     values = yaml.safe_load(cases.write(folder, "language", "small").read_text())
     # A rate that does not depend on when the run will end, for nobody knows yet.
-    values["optim"]["schedule"] = {"name": "constant", "warmup": 20}
+    values["optim"]["schedule"] = {"name": "constant"}
     values["task"]["name"] = "benchmarks.chaos_task"
     stall = {"start": 600, "restore": 120, "data": 60, "step": 60, "save": 120, "commit": 120}
     values["guard"] = {"stall": stall}

@@ -25,6 +25,7 @@ POLL_SECONDS = 0.05
 STUCK_SECONDS = 900.0  # without a new record in the journal
 FULL_SECONDS = 60.0  # that the disk stays full when nobody saves
 WHATEVER_IT_DOES = 0.25  # share of the faults that do not wait until the run steps again
+LEAST_STEPS = 60  # in which planted samples come
 MANUAL_STEPS = 3  # after so many it is given up
 
 Say = Callable[[str], None]
@@ -68,6 +69,7 @@ class Chaos:
             self._wait(lambda: False, gap)
             self._strike(next(order))
         self._wait(lambda: self._steps_again() and not self._once.exists(), STUCK_SECONDS)
+        self._wait(lambda: self._watch.step >= LEAST_STEPS, STUCK_SECONDS)
         self._leave()
 
     def close(self) -> None:
