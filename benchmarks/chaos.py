@@ -48,6 +48,7 @@ SHARES = {"transient": 5 / 6, "persistent": 1 / 6}  # of the minutes
 MEAN_GAP_SECONDS = 60.0  # between two faults; less in a short run, so that all kinds come
 DISK_MEGABYTES = 160  # of the file system that holds the checkpoints
 PLANTED = tuple(range(40, 100_000, 400))  # numbers of the samples whose loss is NaN, as far as there are so many
+INTERRUPTED = 130
 MOUNTS = "MILLSTREAM_CHAOS_MOUNTS"  # in the environment once this process may mount
 # Nobody listens there. The key is only as long as one.
 AWAY = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
@@ -186,6 +187,7 @@ def main() -> int:
     plan.mounts = may_mount()
     load, began = os.getloadavg()[0], time.monotonic()
     parts: list[Part] = []
+    code = 0
     try:
         with scratch() as folder:
             values = base(folder)
@@ -198,17 +200,17 @@ def main() -> int:
                 print(chaos_report.summary(parts[-1]), flush=True)
     except Stuck as error:
         print(f"FAILED: {error}")
-        return 1
+        code = 1
     except KeyboardInterrupt:
         print("\nstopped; nothing is left")
-        return 130
+        code = INTERRUPTED
     if plan.json:
         plan.json.write_text(json.dumps([chaos_report.to_json(each) for each in parts], indent=2) + "\n")
-    if plan.save:
+    if plan.save and parts:
         facts = chaos_report.facts(parts, plan.mounts)
         text = report.page("A run under chaos", facts, chaos_report.body(parts), load)
         print(f"saved in {report.save('chaos', text)}")
-    return 0 if all(each.good for each in parts) else 1
+    return code or (0 if all(each.good for each in parts) else 1)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def processes_of(pattern: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # the chaos takes two minutes, or until each kind has come; the runs in peace come on top
+@pytest.mark.timeout(3600)  # the chaos takes two minutes, or until each kind has come; the runs in peace come on top
 def test_two_minutes_of_chaos_change_nothing(tmp_path: Path) -> None:
     """Transient faults, then killed workers and drivers over data with planted NaN; see benchmarks/chaos.py."""
     before = folders()

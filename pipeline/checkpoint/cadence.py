@@ -12,14 +12,14 @@ the run has had. What it gives up: with `auto` other steps are saved in every ru
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.checkpoint.saver import Saved
 from pipeline.sections import Checkpoint
 from pipeline.session import World
 
-FIRST_STEPS = 20  # after which the first save shows what a save costs; until then a step's usual length is not known
+FIRST_STEPS = 20  # after which a run's first save shows what one costs; until then a step's usual length is not known
 
 
 class Learnt(NamedTuple):
@@ -33,14 +33,14 @@ class Learnt(NamedTuple):
 class Cadence:
     """Which steps are saved. All ranks make the same calls and get the same answers.
 
-    between_failures: seconds; rank 0's counts, which alone has read the journal.
+    records: the run's journal so far; rank 0's counts, which alone need have read it.
     """
 
-    def __init__(self, world: World, rule: Checkpoint, first: int, between_failures: float) -> None:
+    def __init__(self, world: World, rule: Checkpoint, first: int, records: Sequence[Mapping[str, Any]]) -> None:
         self._world, self._every = world, rule.every
-        self._mean = float(world.gather([between_failures])[0, 0])
-        self._interval = FIRST_STEPS
-        self._next = first + FIRST_STEPS
+        mean, every = world.gather([between_failures(rule, records), last_interval(records)])[0].tolist()
+        self._mean, self._interval = mean, int(every)
+        self._next = first + self._interval
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` steps."""
@@ -65,6 +65,11 @@ def interval(save_seconds: float, step_seconds: float, between_failures: float) 
     if not step_seconds:
         return None
     return max(1, round(math.sqrt(2 * save_seconds * between_failures) / step_seconds))
+
+
+def last_interval(records: Sequence[Mapping[str, Any]]) -> int:
+    """Steps between saves as the attempts before have learnt it: who fails often must not wait to learn it anew."""
+    return next((record["every"] for record in reversed(records) if record["kind"] == "cadence"), FIRST_STEPS)
 
 
 def between_failures(rule: Checkpoint, records: Iterable[Mapping[str, Any]]) -> float:
