@@ -98,7 +98,8 @@ class Saving:
             if first_rank:
                 session.record("save_failed", step=saved.step, message=saved.failure)
             return
-        learnt = self._cadence.learn(saved, session.phases.step_seconds)
+        # The last one was waited for, which says nothing of one behind the training.
+        learnt = None if last else self._cadence.learn(saved, session.phases.step_seconds)
         if first_rank:
             metrics = {
                 "checkpoint/save_seconds": saved.seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import config as configs
 from pipeline.checkpoint import cadence
@@ -66,3 +67,13 @@ def learns(world: World) -> tuple[list[int], cadence.Learnt | None]:
 def test_all_ranks_begin_with_the_last_interval_and_find_the_same() -> None:
     one, other = gloo.run(learns, 2)
     assert one == other == ([47], (cadence.interval(1.5, 0.25, 75.0), 1.5, 0.25))
+
+
+def test_one_slow_save_changes_nothing() -> None:
+    world = World(0, 1, 0, torch.device("cpu"), None)  # pyright: ignore[reportArgumentType]
+    found = cadence.Cadence(world, Checkpoint(every="auto", failure_hours=100 / 3600), 0, [])
+    costs = [0.5, 0.5, 9.0, 0.45, 0.55, 0.5]
+    learnt = [found.learn(Saved(20, None, None, cost, 1.0, 1), 0.25) for cost in costs]
+    assert learnt == [(cadence.interval(0.5, 0.25, 100.0), 0.5, 0.25)] + [None] * 5
+    slower = [found.learn(Saved(20, None, None, 2.0, 1.0, 1), 0.25) for _ in range(9)]
+    assert [each for each in slower if each][-1] == (cadence.interval(2.0, 0.25, 100.0), 2.0, 0.25)
