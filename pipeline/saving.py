@@ -8,7 +8,7 @@ What it gives up: a save that fails is told a few steps after it began.
 from __future__ import annotations
 
 from pipeline.checkpoint import uploads
-from pipeline.checkpoint.cadence import Cadence, between_failures
+from pipeline.checkpoint.cadence import Cadence
 from pipeline.checkpoint.retention import Keeper, Retention
 from pipeline.checkpoint.saver import Saved, Saver
 from pipeline.config import Config
@@ -32,7 +32,7 @@ class Saving:
         world, folder, rule = session.world, session.run / "checkpoints", config.checkpoint
         tells = world.rank == 0 and rule.every == "auto"  # a long run's journal is not read for nothing
         records = journal.read(session.run / "journal.jsonl").records if tells else []
-        self._cadence = Cadence(world, rule, restored or 0, between_failures(rule, records))
+        self._cadence = Cadence(world, rule, restored or 0, records)
         self._uploader = uploads.sending(config, session)
         keeper = Keeper(folder, Retention.of(config), self._uploader.protected if self._uploader else tuple)
         self._saver = Saver(
@@ -112,7 +112,8 @@ class Saving:
             if first_rank:
                 session.record("save_failed", step=saved.step, message=saved.failure)
             return
-        learnt = self._cadence.learn(saved, session.phases.step_seconds)
+        # The last one was waited for, which says nothing of one behind the training.
+        learnt = None if last else self._cadence.learn(saved, session.phases.step_seconds)
         if first_rank:
             metrics = {
                 "checkpoint/save_seconds": saved.seconds,

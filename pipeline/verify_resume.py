@@ -207,7 +207,7 @@ def train(config: Config, plan: Plan, name: str, progress: Progress, kills: str 
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_SECONDS)
     finally:
-        _end(process)
+        end(process)
     return process.returncode
 
 
@@ -260,7 +260,7 @@ def _folder(config: Config) -> Path:
     return history.run_folder(config, fresh=False)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left of a run, its Ray cluster too, wait until it is gone, and remove that cluster's folder."""
     give_up = time.monotonic() + 10
     while (left := _session(process.pid)) or process.poll() is None:

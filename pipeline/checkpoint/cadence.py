@@ -12,14 +12,18 @@ the run has had. What it gives up: with `auto` other steps are saved in every ru
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 from pipeline.checkpoint.saver import Saved
 from pipeline.sections import Checkpoint
 from pipeline.session import World
 
-FIRST_STEPS = 20  # after which the first save shows what a save costs; until then a step's usual length is not known
+FIRST_STEPS = 20  # after which a run's first save shows what one costs; until then a step's usual length is not known
+KEPT_SAVES = 9  # whose costs the median is of: one slow moment of a disk says little
+NEAR = 0.25  # intervals that differ by less than this share cost the same, to a few per cent of what saving costs
 
 
 class Learnt(NamedTuple):
@@ -31,12 +35,17 @@ class Learnt(NamedTuple):
 
 
 class Cadence:
-    """Which steps are saved. All ranks make the same calls and get the same answers."""
+    """Which steps are saved. All ranks make the same calls and get the same answers.
 
-    def __init__(self, world: World, rule: Checkpoint, first: int, between_failures: float) -> None:
-        self._world, self._every, self._mean = world, rule.every, between_failures
-        self._interval = FIRST_STEPS
-        self._next = first + FIRST_STEPS
+    records: the run's journal so far; rank 0's counts, which alone need have read it.
+    """
+
+    def __init__(self, world: World, rule: Checkpoint, first: int, records: Sequence[Mapping[str, Any]]) -> None:
+        self._world, self._every = world, rule.every
+        mean, every = world.gather([between_failures(rule, records), last_interval(records)])[0].tolist()
+        self._mean, self._interval = mean, int(every)
+        self._next = first + self._interval
+        self._costs: deque[float] = deque(maxlen=KEPT_SAVES)
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` steps."""
@@ -51,9 +60,14 @@ class Cadence:
         if self._every != "auto":
             return None
         blocked, step = self._world.gather([saved.blocked_seconds, step_seconds or 0.0]).max(axis=0).tolist()
-        before, self._interval = self._interval, interval(blocked, step, self._mean) or self._interval
-        self._next += self._interval - before
-        return Learnt(self._interval, blocked, step) if self._interval != before else None
+        self._costs.append(blocked)
+        usual, before = median(self._costs), self._interval
+        found = interval(usual, step, self._mean)
+        if found is None or (len(self._costs) > 1 and abs(found - before) <= NEAR * before):
+            return None
+        self._interval = found
+        self._next += found - before
+        return Learnt(found, usual, step) if found != before else None
 
 
 def interval(save_seconds: float, step_seconds: float, between_failures: float) -> int | None:
@@ -61,6 +75,11 @@ def interval(save_seconds: float, step_seconds: float, between_failures: float) 
     if not step_seconds:
         return None
     return max(1, round(math.sqrt(2 * save_seconds * between_failures) / step_seconds))
+
+
+def last_interval(records: Sequence[Mapping[str, Any]]) -> int:
+    """Steps between saves as the attempts before have learnt it: who fails often must not wait to learn it anew."""
+    return next((record["every"] for record in reversed(records) if record["kind"] == "cadence"), FIRST_STEPS)
 
 
 def between_failures(rule: Checkpoint, records: Iterable[Mapping[str, Any]]) -> float:

@@ -14,8 +14,9 @@ one, the steps themselves say it. What it gives up: the seconds of a step that i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import zip_longest
 from typing import Any
+
+from pipeline.track.journal import lineage
 
 KINDS: tuple[str, ...] = ("useful", "data", "save", "evaluation", "restore", "start", "rework", "idle")
 _KIND_OF_PHASE = dict.fromkeys(("forward", "backward", "step"), "useful") | dict.fromkeys(("commit", "upload"), "save")
@@ -23,18 +24,21 @@ _KIND_OF_PHASE = dict.fromkeys(("forward", "backward", "step"), "useful") | dict
 
 def ledger(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """{kind: rank-seconds}; together (wall seconds of each attempt, and of the pause before it) times its ranks."""
+    everything = list(records)
+    counting = {id(record) for record in lineage(everything)}
     attempts: dict[int, list[Mapping[str, Any]]] = {}
-    for record in records:
+    for record in everything:
         attempts.setdefault(record["attempt"], []).append(record)
     total = dict.fromkeys(KINDS, 0.0)
     last_end: float | None = None
-    for own, after in zip_longest(attempts.values(), list(attempts.values())[1:], fillvalue=[]):
+    for own in attempts.values():
         first = next((record for record in own if record["kind"] == "attempt"), own[0])
         ranks = max(first.get("workers", 1), 1)
         begin, end = first["time"], max(record["time"] for record in own)
         if last_end is not None:
             total["start" if first.get("relaunch") else "idle"] += ranks * max(begin - last_end, 0.0)
-        for kind, seconds in _attempt(own, after, begin, end, ranks).items():
+        undone = [record for record in own if record["kind"] == "step" and id(record) not in counting]
+        for kind, seconds in _attempt(own, undone, begin, end, ranks).items():
             total[kind] += seconds
         last_end = end
     return total
@@ -48,30 +52,34 @@ def shares(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _attempt(
-    own: list[Mapping[str, Any]], after: list[Mapping[str, Any]], begin: float, end: float, ranks: int
+    own: list[Mapping[str, Any]], undone: list[Mapping[str, Any]], begin: float, end: float, ranks: int
 ) -> dict[str, float]:
+    """Rank-seconds of one attempt's records by kind; `undone` are its steps that were done again."""
     spent = dict.fromkeys(KINDS, 0.0)
     whole = ranks * (end - begin)
     steps = [record for record in own if record["kind"] == "step"]
     times = [record for record in own if record["kind"] == "time"]
     failed = not any(record["kind"] == "end" for record in own)
     ending = "rework" if failed else "idle"  # what the time counts for in which nothing was heard of a rank any more
-    if times:
-        for seconds in times[-1]["ranks"].values():
-            for phase, share in seconds.items():
-                spent[ending if phase == "silent" else _KIND_OF_PHASE.get(phase, str(phase))] += share
-    else:
-        spent["data"] = ranks * sum(_waited(step) for step in steps)
-        spent["useful"] = ranks * sum(_seconds(step) for step in steps) - spent["data"]
+    noted = known = times[-1]["time"] if times else begin
+    later = [step for step in steps if step["time"] > noted]  # a driver that is killed notes no more how time was spent
+    for seconds in times[-1]["ranks"].values() if times else ():
+        for phase, share in seconds.items():
+            silent = "useful" if later else ending
+            spent[silent if phase == "silent" else _KIND_OF_PHASE.get(phase, str(phase))] += share
+    if later:
+        known = later[-1]["time"]
+        took = min(sum(_seconds(step) for step in later), known - noted)
+        waited = min(sum(_waited(step) for step in later), took)
+        spent["data"] += ranks * waited
+        spent["useful"] += ranks * (took - waited)
+        spent["save"] += ranks * (known - noted - took) if times else 0.0  # what comes between two steps
     if failed:  # a step that was not finished is lost with the attempt, however long it hung
         unfinished = spent["useful"] + spent["data"] - ranks * sum(_seconds(step) for step in steps)
         _move(spent, "useful", unfinished)
-    noted = times[-1]["time"] if times else max((step["time"] for step in steps), default=begin)
-    tail = min(ranks * (end - noted), max(whole - sum(spent.values()), 0.0))  # after what is known of the ranks
+    tail = min(ranks * (end - known), max(whole - sum(spent.values()), 0.0))  # after what is known of the ranks
     spent[ending] += tail
     spent["start"] += whole - sum(spent.values())  # before their workers were there; what is left, to the second
-    resumed = next((record["step"] for record in after if record["kind"] in ("start", "restore")), None)
-    undone = [step for step in steps if resumed is not None and step["step"] >= resumed]
     _move(spent, "data", ranks * sum(_waited(step) for step in undone))
     _move(spent, "useful", ranks * sum(_seconds(step) - _waited(step) for step in undone))
     return spent

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import config as configs
 from pipeline.checkpoint import cadence
+from pipeline.checkpoint.saver import Saved
 from pipeline.cluster import driver
 from pipeline.run import Run
 from pipeline.sections import Checkpoint
-from tests import small_data
+from pipeline.session import World
+from tests import gloo, small_data
 
 
 def test_the_interval_is_the_one_that_costs_least() -> None:
@@ -49,3 +52,28 @@ def test_a_run_finds_its_interval(tmp_path: Path) -> None:
     for record in learnt:
         found = cadence.interval(record["save_seconds"], record["step_seconds"], 3.6)
         assert record["every"] == found and record["save_seconds"] > 0
+
+
+def learns(world: World) -> tuple[list[int], cadence.Learnt | None]:
+    """The first saves, and what is learnt. Only rank 0 has read the journal, and each rank has other costs."""
+    rule = Checkpoint(every="auto", failure_hours=100 / 3600)
+    records = [{"kind": "cadence", "attempt": 1, "time": 0.0, "every": 7}] if world.rank == 0 else []
+    records += [{"kind": "failure", "attempt": 1, "time": 50.0}] if world.rank == 0 else []
+    found = cadence.Cadence(world, rule, 40, records)
+    saves = [step for step in range(40, 60) if found.due(step)]
+    return saves[:1], found.learn(Saved(20, None, None, 0.5 + world.rank, 1.0, 1), 0.25)
+
+
+def test_all_ranks_begin_with_the_last_interval_and_find_the_same() -> None:
+    one, other = gloo.run(learns, 2)
+    assert one == other == ([47], (cadence.interval(1.5, 0.25, 75.0), 1.5, 0.25))
+
+
+def test_one_slow_save_changes_nothing() -> None:
+    world = World(0, 1, 0, torch.device("cpu"), None)  # pyright: ignore[reportArgumentType]
+    found = cadence.Cadence(world, Checkpoint(every="auto", failure_hours=100 / 3600), 0, [])
+    costs = [0.5, 0.5, 9.0, 0.45, 0.55, 0.5]
+    learnt = [found.learn(Saved(20, None, None, cost, 1.0, 1), 0.25) for cost in costs]
+    assert learnt == [(cadence.interval(0.5, 0.25, 100.0), 0.5, 0.25)] + [None] * 5
+    slower = [found.learn(Saved(20, None, None, 2.0, 1.0, 1), 0.25) for _ in range(9)]
+    assert [each for each in slower if each][-1] == (cadence.interval(2.0, 0.25, 100.0), 2.0, 0.25)
