@@ -26,6 +26,7 @@ from pipeline.evaluate import add, evaluate, flat, means, on_device
 from pipeline.guard import NonFinite, share_substitutes
 from pipeline.learner import Learner, build, restore, setup
 from pipeline.optim import learning_rate
+from pipeline.pace import Pace
 from pipeline.randomness import Randomness
 from pipeline.saving import Saving
 from pipeline.session import Session
@@ -47,7 +48,7 @@ def train(config: Config, session: Session) -> str:
     task, engine = learner.task, learner.engine
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
-    guard = NonFinite(config.guard)
+    guard, pace = NonFinite(config.guard), Pace(session)
     saving = Saving(config, session, learner, data, restored.step if restored else None)
     loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
 
@@ -73,8 +74,9 @@ def train(config: Config, session: Session) -> str:
         sums, result = compute(session, learner, saving, randomness, step, batches, terms, rate)
         if result and guard.again(session, step, result):
             sums, result = compute(session, learner, saving, randomness, step, batches, terms, rate)
-        everyone = world.gather([loader.wait_seconds, rows_digest(batches), *flat(sums)])  # [R, 2 + 2 * metrics]
-        metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 2:]).items()}
+        own = [loader.wait_seconds, rows_digest(batches), session.forward.take()]
+        everyone = world.gather([*own, *flat(sums)])  # [R, 3 + 2 * metrics]
+        metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 3:]).items()}
         if result:
             guard.judge(session, step, result, metrics["train/loss"], batches)
             if result.applied:
@@ -86,6 +88,7 @@ def train(config: Config, session: Session) -> str:
 
         # Record.
         seconds = time.perf_counter() - began
+        pace.note(step, everyone[:, 2], everyone[:, 0], seconds, loader)
         if world.rank == 0:
             metrics["optim/lr"] = rate
             metrics["throughput/samples_per_second"] = config.global_batch_size / seconds

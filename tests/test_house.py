@@ -37,6 +37,8 @@ LAYERS = [
         "evaluate",
         "guard",
         "replicas",
+        "pace",
+        "jit",
         "checkpoint",
         "track",
         "run",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +22,7 @@ import torch
 
 from pipeline.data.reader import Dataset, Sample, SampleError
 from pipeline.data.samples import Empty, Lookup, Samples
+from pipeline.data.slow import Reads, add
 from pipeline.errors import DataError, MillstreamError
 
 Prepare = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]]
@@ -61,6 +62,7 @@ class MicroBatch:
     numbers: np.ndarray  # int64[m], of the samples that were read
     batch: dict[str, torch.Tensor]  # each [m, ...]
     found: tuple[Substitution, ...] = ()  # decided while this one was prepared
+    reads: Reads = field(default_factory=dict)  # how long the bytes of each shard took
     filler: bool = False  # repeats another one so that ranks run in step; counts for nothing
 
 
@@ -96,12 +98,13 @@ class Fill:
         if self.gather is not None and self.seed is None:
             try:
                 lookup = rows.lookup or Lookup(self.datasets, rows.sources, rows.numbers)
-                arrays = self.gather(Samples(lookup, rows.low, rows.low + len(rows.numbers), empty))
+                samples = Samples(lookup, rows.low, rows.low + len(rows.numbers), empty)
+                arrays = self.gather(samples)
             except DataError:
                 arrays = None  # one by one, the bad sample is named, or replaced
             if arrays is not None:
                 batch = {name: _tensor(name, array, empty) for name, array in arrays.items()}
-                return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch)
+                return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch, reads=samples.reads)
         return self._one_by_one(rows, substitutes, empty, stopped)
 
     def lookup(self, sources: np.ndarray, numbers: np.ndarray) -> Lookup | None:
@@ -120,6 +123,7 @@ class Fill:
     ) -> MicroBatch:
         arrays: dict[str, np.ndarray] = {}
         numbers, found = rows.numbers.copy(), []
+        reads: Reads = {}
         rng = None if self.seed is None else generator(self.seed)
         columns = (column.tolist() for column in (rows.sources, rows.epochs, rows.numbers))
         for row, (source, epoch, number) in enumerate(zip(*columns)):
@@ -127,9 +131,9 @@ class Fill:
                 raise RuntimeError("the loader is closed")
             try:
                 try:
-                    prepared = self._prepared(source, epoch, number, rng)
+                    prepared = self._prepared(source, epoch, number, rng, reads)
                 except SampleError as error:
-                    numbers[row], prepared = self._substitute(source, epoch, number, rng, substitutes, error)
+                    numbers[row], prepared = self._substitute(source, epoch, number, rng, substitutes, reads, error)
                     found.append(Substitution(source, number, int(numbers[row]), str(error)))
                 if not row:
                     m = len(numbers)
@@ -142,7 +146,7 @@ class Fill:
                 error.add_note(f"while preparing {place}")  # a bug keeps its type and its traceback
                 raise
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return MicroBatch(rows.index, rows.sources, rows.epochs, numbers, batch, tuple(found))
+        return MicroBatch(rows.index, rows.sources, rows.epochs, numbers, batch, tuple(found), reads)
 
     def _name(self, source: int, number: int) -> str:
         dataset = self.datasets[source]
@@ -150,10 +154,15 @@ class Fill:
             return f"sample {number} ({dataset.sample(number).key}) of {dataset.index.folder}"
         return f"sample {number} of {dataset.index.folder}"
 
-    def _prepared(self, source: int, epoch: int, number: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def _prepared(
+        self, source: int, epoch: int, number: int, rng: np.random.Generator | None, reads: Reads
+    ) -> dict[str, np.ndarray]:
         if rng is not None:
             begin(rng, source, epoch, number)
-        return self.prepare(self.datasets[source].sample(number), rng)
+        sample = self.datasets[source].sample(number)
+        prepared = self.prepare(sample, rng)
+        add(reads, str(sample.shard), sample.read_bytes, sample.read_seconds)
+        return prepared
 
     def _substitute(
         self,
@@ -162,6 +171,7 @@ class Fill:
         number: int,
         rng: np.random.Generator | None,
         substitutes: Substitutes,
+        reads: Reads,
         error: SampleError,
     ) -> tuple[int, dict[str, np.ndarray]]:
         """The next good sample: its number, and what the task makes of it. Raises `error` again when there is none."""
@@ -170,7 +180,7 @@ class Fill:
         for candidate in candidates(number, self.blocks[source], self.windows, len(self.datasets[source])):
             if (source, candidate) not in substitutes:
                 try:
-                    return candidate, self._prepared(source, epoch, candidate, rng)
+                    return candidate, self._prepared(source, epoch, candidate, rng, reads)
                 except SampleError:
                     continue
         raise DataError(f"no good sample near it to take instead: {error}") from error

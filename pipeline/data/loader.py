@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.data import ahead
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes
 from pipeline.data.samples import Lookup
+from pipeline.data.slow import SlowShard, SlowShards
 from pipeline.errors import ConfigError, DataError
 
 PLANNED_ROWS = 4096  # places in the order that are computed together: one by one each costs many times more
@@ -72,6 +73,7 @@ class Loader:
         self._own = range(rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size)
         self._micro_steps = -(-micro_batches // world_size)
         self._next_step = start_step
+        self._speeds, self._read = SlowShards(), set[str]()  # of the shards; those of the last step
 
         planned = _Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
         plans = (partial(planned.rows, step, j) for step in count(start_step) for j in self._own)
@@ -93,9 +95,16 @@ class Loader:
         batches = [self._ahead.take() for _ in self._own]
         self.wait_seconds = time.perf_counter() - began
         self._next_step += 1
+        self._read = {shard for micro in batches for shard in micro.reads}
+        for micro in batches:
+            self._speeds.note(micro.reads, self.wait_seconds / len(batches))
         if len(batches) < self._micro_steps:
             batches.append(replace(batches[-1], filler=True))
         return batches
+
+    def slow_shards(self) -> list[SlowShard]:
+        """Shards of the last step that training waits for, read far more slowly than others; each is told once."""
+        return self._speeds.found(self._read)
 
     def close(self) -> None:
         """Stop the threads and wait until they have ended; may be called twice."""

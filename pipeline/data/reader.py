@@ -67,16 +67,21 @@ class Mapped:
 class Sample:
     """One sample: the fields of one key. Nothing is read before it is asked for; not shared between threads.
 
-    key: as in the tar, without extension.  number: in the data set, from 0.
+    key: as in the tar, without extension.  number: in the data set, from 0.  read_bytes, read_seconds: so far.
     """
 
-    __slots__ = ("_checked", "_dataset", "_fields", "_row", "_shard", "number")
+    __slots__ = ("_checked", "_dataset", "_fields", "_row", "_shard", "number", "read_bytes", "read_seconds")
 
     def __init__(self, number: int, row: int, shard: Mapped, dataset: Dataset) -> None:
         self.number = number
         self._row, self._shard, self._dataset = row, shard, dataset
         self._fields: dict[str, Field] = shard.segment.sample(row)
         self._checked: dict[str, memoryview] = {}
+        self.read_bytes, self.read_seconds = 0, 0.0
+
+    @property
+    def shard(self) -> Path:
+        return self._shard.path
 
     @property
     def key(self) -> str:
@@ -114,11 +119,17 @@ class Sample:
                 f"{', '.join(self._fields)}; use another task, or pack the data set with that field"
             )
         data = self._shard.tar[place.offset : place.offset + place.length]
-        if self._dataset.check_digests and xxh3_64_intdigest(data) != place.digest:
-            raise SampleError(
-                f"{self._where(field)}: its {place.length} bytes at byte {place.offset} are not those that were "
-                f"indexed (xxh3 differs); copy the shard again, then `millstream data verify {self._shard.path.parent}`"
-            )
+        if self._dataset.check_digests:
+            began = time.perf_counter()  # the first touch: if the disk is waited for, then here
+            same = xxh3_64_intdigest(data) == place.digest
+            self.read_seconds += time.perf_counter() - began
+            self.read_bytes += place.length
+            if not same:
+                raise SampleError(
+                    f"{self._where(field)}: its {place.length} bytes at byte {place.offset} are not those that were "
+                    "indexed (xxh3 differs); copy the shard again, then "
+                    f"`millstream data verify {self._shard.path.parent}`"
+                )
         self._checked[field] = data
         return data
 
