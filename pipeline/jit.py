@@ -3,8 +3,8 @@
 torch builds extensions on first use, one process at a time: a file `lock` in the build's folder says so, and who finds
 it waits until it goes, for ever (torch.utils.file_baton, 2.13). Its owner keeps it open, so one that no process has
 open is dead, given that all processes can be seen: those of a machine, not only of a container, and no other machine
-shares the folder. Where that is not given the lock stays and is named. Nothing in this package builds anything by itself
-(DeepSpeed's shared-memory collective is switched off); a task's own code may.
+shares the folder. Where that is not given the lock stays and is named. Nothing in this package builds anything by
+itself (DeepSpeed's shared-memory collective is switched off); a task's own code may.
 
 What it gives up: only torch's folder of extensions is looked at, and only at the start.
 """
