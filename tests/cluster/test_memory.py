@@ -81,6 +81,8 @@ def test_every_end_of_a_worker_is_told_apart_and_the_slow_rank_is_named(tmp_path
 @pytest.fixture
 def narrow() -> Iterator[Path]:
     """A cgroup of little memory, for a whole run."""
+    if not (MEMORY / "memory.limit_in_bytes").exists():
+        pytest.skip("memory is limited by cgroup v1 here")
     here = next(line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
     folder = MEMORY / here.strip("/") / f"millstream-test-{os.getpid()}"
     folder.mkdir()
