@@ -38,6 +38,7 @@ class Task(image_classification.Task):
         self.calls += 1
         if dist.get_rank() == 1:
             time.sleep(0.05)
+            assert isinstance(self.config, Config)
             accidents = sorted(Path(self.config.accidents).iterdir())
             if self.calls == AT_CALL and accidents:
                 accidents[0].unlink()

@@ -53,6 +53,8 @@ def diagnose(
             return _raised(record)
     spoke = {record["rank"] for record in errors}
     lost = {rank: beat for rank, beat in heartbeats.items() if rank not in spoke}
+    named = getattr(error, "worker_failures", {})  # Ray Train's, of those it found dead; the rest it has ended itself
+    lost = {rank: beat for rank, beat in lost.items() if rank in named} or lost
     if not heartbeats:
         return Failure("start", f"the workers did not start: {first_line(error)}", 0, str(error))
     ends = {rank: fate(rank, beat, error) for rank, beat in lost.items()}

@@ -46,6 +46,8 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
         # A private cluster has a token of its own. Left alone, Ray writes one into the home folder for all.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # When memory runs out, end a worker: the policy since Ray 2.56 takes the board and the controller with it.
+        os.environ.setdefault("RAY_worker_killing_policy_by_group", "1")
     import ray
 
     try:
