@@ -52,7 +52,7 @@ def happen(what: str) -> None:
     if what == "grow":
         while len(held) * PIECE_BYTES < MOST_BYTES:
             held.append(torch.ones(PIECE_BYTES // 4))
-            time.sleep(0.01)
+            time.sleep(0.1)  # so that a monitor sees it coming
         raise AssertionError("there was memory to the last")
     if what == "allocate":
         torch.empty(2**50)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from pipeline import config as configs
 from pipeline.cluster import history, lease, output, worker
 from pipeline.cluster.attempt import Attempt, Solo
-from pipeline.cluster.failure import Failure, diagnose
+from pipeline.cluster.failure import Failure, diagnose, first_line
 from pipeline.cluster.supervise import supervise
 from pipeline.config import Config
 from pipeline.track import journal
@@ -88,7 +88,12 @@ def under_ray(
             lambda number, workers: ray.Attempt(config, folder, number, workers, use_gpu, new_order),
             lambda: nodes.capacity(config.cluster, use_gpu, asking=True),
         )
-        return attempts(config, folder, console, stop, launcher)
+        try:
+            return attempts(config, folder, console, stop, launcher)
+        except ray.lost_actor() as error:
+            why = f"Ray has lost the actor that keeps the journal ({first_line(error)})"
+            console.say(f"{why}; the same command goes on from the last checkpoint", style="red")
+            return AGAIN
 
 
 class Launcher(NamedTuple):

@@ -74,6 +74,13 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def lost_actor() -> tuple[type[BaseException], ...]:
+    """What a call of an actor raises that is gone: its node was lost, or Ray's memory monitor has ended it."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    return RayActorError, OutOfMemoryError
+
+
 def require(config: Config, resources: Mapping[str, float]) -> bool:
     """Whether workers get a GPU. Raises RunError with the numbers when the cluster can never hold the workers."""
     cluster = config.cluster

@@ -22,7 +22,7 @@ import torch
 
 from pipeline.data.reader import Dataset, Sample, SampleError
 from pipeline.data.samples import Empty, Lookup, Samples
-from pipeline.data.slow import Reads, add
+from pipeline.data.slow import Reads
 from pipeline.errors import DataError, MillstreamError
 
 Prepare = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]]
@@ -104,7 +104,8 @@ class Fill:
                 arrays = None  # one by one, the bad sample is named, or replaced
             if arrays is not None:
                 batch = {name: _tensor(name, array, empty) for name, array in arrays.items()}
-                return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch, reads=samples.reads)
+                reads = samples.reads or self._reads()
+                return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch, reads=reads)
         return self._one_by_one(rows, substitutes, empty, stopped)
 
     def lookup(self, sources: np.ndarray, numbers: np.ndarray) -> Lookup | None:
@@ -123,7 +124,6 @@ class Fill:
     ) -> MicroBatch:
         arrays: dict[str, np.ndarray] = {}
         numbers, found = rows.numbers.copy(), []
-        reads: Reads = {}
         rng = None if self.seed is None else generator(self.seed)
         columns = (column.tolist() for column in (rows.sources, rows.epochs, rows.numbers))
         for row, (source, epoch, number) in enumerate(zip(*columns)):
@@ -131,9 +131,9 @@ class Fill:
                 raise RuntimeError("the loader is closed")
             try:
                 try:
-                    prepared = self._prepared(source, epoch, number, rng, reads)
+                    prepared = self._prepared(source, epoch, number, rng)
                 except SampleError as error:
-                    numbers[row], prepared = self._substitute(source, epoch, number, rng, substitutes, reads, error)
+                    numbers[row], prepared = self._substitute(source, epoch, number, rng, substitutes, error)
                     found.append(Substitution(source, number, int(numbers[row]), str(error)))
                 if not row:
                     m = len(numbers)
@@ -146,7 +146,10 @@ class Fill:
                 error.add_note(f"while preparing {place}")  # a bug keeps its type and its traceback
                 raise
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return MicroBatch(rows.index, rows.sources, rows.epochs, numbers, batch, tuple(found), reads)
+        return MicroBatch(rows.index, rows.sources, rows.epochs, numbers, batch, tuple(found), self._reads())
+
+    def _reads(self) -> Reads:
+        return {shard: read for dataset in self.datasets for shard, read in dataset.take_reads().items()}
 
     def _name(self, source: int, number: int) -> str:
         dataset = self.datasets[source]
@@ -154,15 +157,10 @@ class Fill:
             return f"sample {number} ({dataset.sample(number).key}) of {dataset.index.folder}"
         return f"sample {number} of {dataset.index.folder}"
 
-    def _prepared(
-        self, source: int, epoch: int, number: int, rng: np.random.Generator | None, reads: Reads
-    ) -> dict[str, np.ndarray]:
+    def _prepared(self, source: int, epoch: int, number: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if rng is not None:
             begin(rng, source, epoch, number)
-        sample = self.datasets[source].sample(number)
-        prepared = self.prepare(sample, rng)
-        add(reads, str(sample.shard), sample.read_bytes, sample.read_seconds)
-        return prepared
+        return self.prepare(self.datasets[source].sample(number), rng)
 
     def _substitute(
         self,
@@ -171,7 +169,6 @@ class Fill:
         number: int,
         rng: np.random.Generator | None,
         substitutes: Substitutes,
-        reads: Reads,
         error: SampleError,
     ) -> tuple[int, dict[str, np.ndarray]]:
         """The next good sample: its number, and what the task makes of it. Raises `error` again when there is none."""
@@ -180,7 +177,7 @@ class Fill:
         for candidate in candidates(number, self.blocks[source], self.windows, len(self.datasets[source])):
             if (source, candidate) not in substitutes:
                 try:
-                    return candidate, self._prepared(source, epoch, candidate, rng, reads)
+                    return candidate, self._prepared(source, epoch, candidate, rng)
                 except SampleError:
                     continue
         raise DataError(f"no good sample near it to take instead: {error}") from error

@@ -25,6 +25,7 @@ from xxhash import xxh3_64_intdigest
 from pipeline.data.decode import decode
 from pipeline.data.index import Index, open_index
 from pipeline.data.segment import Field, Segment
+from pipeline.data.slow import Reads
 from pipeline.errors import DataError
 
 MAX_MAPPED = 256  # shards at once; each holds two file descriptors, of which a process often has 1,024
@@ -39,11 +40,15 @@ class SampleError(DataError):
 
 @dataclass(frozen=True)
 class Mapped:
-    """A shard that is open: its tar and its segment."""
+    """A shard that is open: its tar and its segment.
+
+    read: bytes, and the seconds that took, since somebody last asked.
+    """
 
     path: Path
     tar: memoryview
     segment: Segment
+    read: list[float] = field(default_factory=lambda: [0, 0.0])
     _places: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -67,21 +72,16 @@ class Mapped:
 class Sample:
     """One sample: the fields of one key. Nothing is read before it is asked for; not shared between threads.
 
-    key: as in the tar, without extension.  number: in the data set, from 0.  read_bytes, read_seconds: so far.
+    key: as in the tar, without extension.  number: in the data set, from 0.
     """
 
-    __slots__ = ("_checked", "_dataset", "_fields", "_row", "_shard", "number", "read_bytes", "read_seconds")
+    __slots__ = ("_checked", "_dataset", "_fields", "_row", "_shard", "number")
 
     def __init__(self, number: int, row: int, shard: Mapped, dataset: Dataset) -> None:
         self.number = number
         self._row, self._shard, self._dataset = row, shard, dataset
         self._fields: dict[str, Field] = shard.segment.sample(row)
         self._checked: dict[str, memoryview] = {}
-        self.read_bytes, self.read_seconds = 0, 0.0
-
-    @property
-    def shard(self) -> Path:
-        return self._shard.path
 
     @property
     def key(self) -> str:
@@ -120,11 +120,11 @@ class Sample:
             )
         data = self._shard.tar[place.offset : place.offset + place.length]
         if self._dataset.check_digests:
-            began = time.perf_counter()  # the first touch: if the disk is waited for, then here
-            same = xxh3_64_intdigest(data) == place.digest
-            self.read_seconds += time.perf_counter() - began
-            self.read_bytes += place.length
-            if not same:
+            began = time.perf_counter()  # the first touch: if a disk is waited for, then here
+            digest, read = xxh3_64_intdigest(data), self._shard.read
+            read[0] += place.length
+            read[1] += time.perf_counter() - began
+            if digest != place.digest:
                 raise SampleError(
                     f"{self._where(field)}: its {place.length} bytes at byte {place.offset} are not those that were "
                     "indexed (xxh3 differs); copy the shard again, then "
@@ -163,6 +163,15 @@ class Dataset:
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the same folder for itself."""
         return open_dataset, (self.index.folder, self.check_digests, self.decoders)
+
+    def take_reads(self) -> Reads:
+        """What was read of each shard since this was last asked. Of several threads one gets what all have read."""
+        reads: Reads = {}
+        for shard in list(self._mapped.values()):
+            if shard.read[0]:
+                reads[str(shard.path)] = shard.read.copy()
+                shard.read[:] = 0, 0.0
+        return reads
 
     def close(self) -> None:
         """Let go of all files; those whose bytes are still in use stay mapped until they are not."""

@@ -24,7 +24,7 @@ from xxhash import xxh3_64_intdigest
 
 from pipeline.data.decode import npy_header
 from pipeline.data.reader import Dataset, Mapped, Sample, SampleError
-from pipeline.data.slow import Reads, add
+from pipeline.data.slow import Reads
 
 NPY_START = 128  # bytes of an npy header as numpy writes it; only then are rows stacked at once
 ADDRESSES = 2**47  # of a process, on x86-64 and arm64 as Linux sets them up
@@ -115,7 +115,7 @@ class Samples:
         self.numbers = lookup.numbers[self._range]  # int64[m]
         self._empty: Empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
         self._check = all(dataset.check_digests for dataset in lookup.datasets)
-        self.reads: Reads = {}  # what was read so far
+        self.reads: Reads = {}  # what was read so far, of all shards together
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -178,8 +178,9 @@ class Samples:
             for shard, view in zip(shards, self._views(field) or ()):
                 began = time.perf_counter()
                 xxh3_64_intdigest(view)
-                path = str(self._lookup.parts[shard][0].path)
-                add(self.reads, path, len(view), time.perf_counter() - began)
+                read = self._lookup.parts[shard][0].read
+                read[0] += len(view)
+                read[1] += time.perf_counter() - began
         return time.perf_counter()
 
     def _timed(self, began: float, count: int) -> None:
@@ -190,7 +191,8 @@ class Samples:
         if seconds > SLOW_SECONDS and count < SLOW_RATE * seconds:
             self._lookup.slow = True  # by which shard is not known; the next micro batch tells
         else:
-            add(self.reads, "", count, seconds)
+            before = self.reads.get("", (0, 0.0))
+            self.reads[""] = [before[0] + count, before[1] + seconds]
 
     def _views(self, field: str) -> list[memoryview] | None:
         column, part = self._lookup.column(field), self._range

@@ -17,7 +17,7 @@ LEAST_SECONDS = 1.0  # that were spent on it, and waited for data, before it is 
 LEAST_READS = 5  # micro batches that read from it
 MOST_NAMED = 3  # so that a slow server is not named once for each of its shards
 
-Reads = dict[str, tuple[int, float]]
+Reads = dict[str, list[float]]
 """Path of a shard, or "" for several together -> bytes that were read of it, and the seconds that took."""
 
 
@@ -28,12 +28,6 @@ class SlowShard(NamedTuple):
     rate: float
     others: float
     message: str
-
-
-def add(reads: Reads, shard: str, count: int, seconds: float) -> None:
-    """Note that `count` bytes of a shard were read in `seconds`."""
-    bytes_before, seconds_before = reads.get(shard, (0, 0.0))
-    reads[shard] = bytes_before + count, seconds_before + seconds
 
 
 class SlowShards:
@@ -49,7 +43,9 @@ class SlowShards:
         """What micro batches have read, and the seconds that somebody waited for them."""
         self._waited += waited
         for shard, (count, seconds) in reads.items():
-            add(self._read, shard, count, seconds)
+            read = self._read.setdefault(shard, [0, 0.0])
+            read[0] += count
+            read[1] += seconds
             self._times[shard] = self._times.get(shard, 0) + 1
 
     def found(self, of: Iterable[str]) -> list[SlowShard]:

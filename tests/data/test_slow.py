@@ -80,7 +80,7 @@ def test_shards_that_are_equally_slow_are_none_of_them_slow() -> None:
     speeds = slow.SlowShards()
     for _ in range(1000):
         names = [f"shard-{number}" for number in draw.choice(50, 3, replace=False)]
-        speeds.note({name: (100_000, 0.01 * draw.lognormal(0, 0.5)) for name in names}, waited=0.05)
+        speeds.note({name: [100_000, 0.01 * draw.lognormal(0, 0.5)] for name in names}, waited=0.05)
         assert speeds.found(names) == []
 
 
