@@ -18,7 +18,7 @@ from pipeline.run import Run
 from tests import small_data
 from tests.test_train import RESNET
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = str(Path(__file__).parents[2])
 MEMORY = Path("/sys/fs/cgroup/memory")  # cgroup v1
@@ -49,7 +49,7 @@ def train(folder: Path, accidents: list[str], enter: Path | None = None, **envir
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=1500)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
