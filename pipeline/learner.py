@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline import checkpoint, tasks
+from pipeline import checkpoint, jit, tasks
 from pipeline import engine as engines
 from pipeline.batch_norm import RunningStatistics
 from pipeline.checkpoint import Restored, uploads
@@ -50,6 +50,9 @@ def setup(config: Config) -> None:
 
 def build(config: Config, session: Session, randomness: Randomness) -> Learner:
     """Task, network with weights that follow from the seed alone, engine."""
+    for said in jit.clear() if session.world.local_rank == 0 else ():
+        session.record("warning", message=said)
+    session.world.barrier()
     task: tasks.Task = tasks.find(config.task.name).Task(config.task)
     kept = kept_network(config, session)
     with randomness.draws("weights"):

@@ -202,7 +202,9 @@ class Stall(Strict):
     start: float = Field(default=900, gt=0, description="imports, the process group, compilation")
     restore: float = Field(default=1800, gt=0, description="reading a checkpoint")
     data: float = Field(default=300, gt=0, description="waiting for the next samples")
-    step: float = Field(default=600, gt=0, description="until 20 steps are measured; then 10 medians, at least 9 s")
+    step: float = Field(
+        default=600, gt=0, description="until 20 steps are measured; then it is found in 10 medians, or 10 s"
+    )
     evaluation: float = Field(default=3600, gt=0, description="all held-out sets")
     save: float = Field(default=1800, gt=0, description="copying the state of a checkpoint, or writing it in between")
     commit: float = Field(default=1800, gt=0, description="waiting for a checkpoint that is being written")

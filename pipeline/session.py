@@ -122,6 +122,10 @@ class Phases:
                 self._step_began = now
             self._phase, self._step, self._since = phase, step, now
 
+    def spent(self, phase: str) -> float:
+        """Seconds that went into a phase, as often as it was left."""
+        return self._spent.get(phase, 0.0)
+
     def place(self) -> dict[str, Any]:
         """{"phase", "step"} as they are now."""
         return {"phase": self._phase, "step": self._step}
@@ -139,6 +143,35 @@ class Phases:
             return {**self.place(), "phase_seconds": inside, "spent": spent, "step_seconds": self.step_seconds}
 
 
+class Forward:
+    """Seconds of the forward passes since they were last asked for: of the device, whose work the host only queues."""
+
+    def __init__(self, phases: Phases, device: torch.device) -> None:
+        self._phases, self._device, self._taken = phases, device, 0.0
+        self._begun: torch.cuda.Event | None = None
+        self._passes: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def enter(self, phase: str) -> None:
+        """A phase begins."""
+        if self._device.type != "cuda" or (self._begun is None and phase != "forward"):
+            return
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        if self._begun is not None:
+            self._passes.append((self._begun, now))
+        self._begun = now if phase == "forward" else None
+
+    def take(self) -> float:
+        """On GPU, waits until the device has come to the end of the last of them."""
+        if self._device.type == "cuda":
+            passes, self._passes = self._passes, []
+            for _, end in passes[-1:]:
+                end.synchronize()
+            return sum(begin.elapsed_time(end) for begin, end in passes) / 1000
+        before, self._taken = self._taken, self._phases.spent("forward")
+        return self._taken - before
+
+
 class Session:
     """One worker in one attempt: where the run lies, its phase, what it has to say, whether it should stop.
 
@@ -152,7 +185,9 @@ class Session:
         self._send, self._stop = send, threading.Event()
         self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.phases = Phases()
-        self._process = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.forward = Forward(self.phases, world.device)
+        self.host = socket.gethostname()
+        self._process = {"host": self.host, "pid": os.getpid()}
         self._closing, self._wake, self._idle = threading.Event(), threading.Event(), threading.Condition()
         self._pending = 0
         self._failure: BaseException | None = None
@@ -172,6 +207,7 @@ class Session:
         upload.
         """
         self.phases.enter(name, step)
+        self.forward.enter(name)
         if (name, step) in self._kills:
             os.kill(os.getpid(), signal.SIGKILL)
 

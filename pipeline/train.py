@@ -27,6 +27,7 @@ from pipeline.guard import Judge, share_substitutes
 from pipeline.health import Health
 from pipeline.learner import Learner, build, restore, setup
 from pipeline.optim import learning_rate
+from pipeline.pace import Pace
 from pipeline.randomness import Randomness
 from pipeline.saving import Saving
 from pipeline.session import Session
@@ -56,7 +57,7 @@ def train(config: Config, session: Session) -> str:
     if restored and not data.reordered:
         judge.resume(restored.manifest.guard)
     saving = Saving(config, session, learner, data, judge, restored.step if restored else None)
-    health = Health(session, learner, config.track.health_every)
+    health, pace = Health(session, learner, config.track.health_every), Pace(session)
     loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
 
     # ------------------------------------------------------------ loop
@@ -93,8 +94,9 @@ def train(config: Config, session: Session) -> str:
                 result = engine.step(rate) if terms else None
                 if again or not (result and judge.again(session, step, result)):
                     break
-            everyone = world.gather([loader.wait_seconds, rows_digest(batches), *flat(sums)])  # [R, 2 + 2 * metrics]
-            metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 2:]).items()}
+            own = [loader.wait_seconds, rows_digest(batches), session.forward.take()]
+            everyone = world.gather([*own, *flat(sums)])  # [R, 3 + 2 * metrics]
+            metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 3:]).items()}
             if result:
                 trouble = judge.judge(session, step, result, metrics["train/loss"], batches)
                 if result.applied:
@@ -106,6 +108,7 @@ def train(config: Config, session: Session) -> str:
 
             # Record.
             seconds = time.perf_counter() - began
+            pace.note(step, everyone[:, 2], everyone[:, 0], seconds, loader)
             if world.rank == 0:
                 metrics["optim/lr"] = rate
                 metrics["throughput/samples_per_second"] = config.global_batch_size / seconds

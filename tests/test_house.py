@@ -38,6 +38,8 @@ LAYERS = [
         "guard",
         "spikes",
         "replicas",
+        "pace",
+        "jit",
         "checkpoint",
         "track",
         "run",

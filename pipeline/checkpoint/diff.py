@@ -174,6 +174,6 @@ def _widened(found: TensorDifference, a: torch.Tensor, b: torch.Tensor) -> Tenso
 
 
 def _dtype(word: str) -> torch.dtype:
-    from pipeline.checkpoint import fragments
+    from pipeline.models.tensor_file import DTYPES
 
-    return next(dtype for dtype, spelled in fragments._SPELLED.items() if spelled == word)
+    return DTYPES[word]

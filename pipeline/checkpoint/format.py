@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial

@@ -14,8 +14,9 @@ from pipeline.config import Config
 class Attempt(Protocol):
     """One fit of fixed world size: under Ray, or in this process.
 
-    signal: to the worker of a heartbeat; its state before.  capacity: workers that could be held now.  leaving: hosts
-    of its workers that are about to go.
+    signal: to the worker of a heartbeat; its state before.  fate: what became of a worker that is gone, from its last
+    heartbeat and what ended the attempt.  capacity: workers that could be held now.  leaving: hosts of its workers that
+    are about to go.
     """
 
     number: int
@@ -27,6 +28,7 @@ class Attempt(Protocol):
     def request_stop(self) -> None: ...
     def heartbeats(self) -> dict[int, dict[str, Any]]: ...
     def signal(self, beat: Mapping[str, Any], number: int) -> str: ...
+    def fate(self, rank: int, beat: Mapping[str, Any], error: BaseException) -> str: ...
     def capacity(self) -> int: ...
     def leaving(self) -> list[str]: ...
     def close(self) -> None: ...
@@ -44,6 +46,9 @@ class Solo:
 
     def signal(self, beat: Mapping[str, Any], number: int) -> str:
         raise NotImplementedError("one process alone is not watched: it may stand at a breakpoint")
+
+    def fate(self, rank: int, beat: Mapping[str, Any], error: BaseException) -> str:
+        raise NotImplementedError("one process alone is not lost without its driver")
 
     def capacity(self) -> int:
         return 0

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from pipeline import config as configs
 from pipeline.cluster import history, lease, output, worker
 from pipeline.cluster.attempt import Attempt, Solo
-from pipeline.cluster.failure import Failure, diagnose
+from pipeline.cluster.failure import Failure, diagnose, first_line
 from pipeline.cluster.supervise import supervise
 from pipeline.config import Config
 from pipeline.track import journal
@@ -32,6 +32,7 @@ from pipeline.track.console import Console
 from pipeline.track.wandb import Wandb
 
 DONE, GIVE_UP, AGAIN = 0, 1, 75
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # finish the step, save, leave
 CRASH_LOOP = 3  # the same failure at the same step so many times in a row ends the run
 
 
@@ -87,7 +88,12 @@ def under_ray(
             lambda number, workers: ray.Attempt(config, folder, number, workers, use_gpu, new_order),
             lambda: nodes.capacity(config.cluster, use_gpu, asking=True),
         )
-        return attempts(config, folder, console, stop, launcher)
+        try:
+            return attempts(config, folder, console, stop, launcher)
+        except ray.lost_actor() as error:
+            why = f"Ray has lost the actor that keeps the journal ({first_line(error)})"
+            console.say(f"{why}; the same command goes on from the last checkpoint", style="red")
+            return AGAIN
 
 
 class Launcher(NamedTuple):
@@ -120,9 +126,9 @@ def attempts(config: Config, folder: Path, console: Console, stop: threading.Eve
                 code = DONE if reason == "done" else None if again and not stop.is_set() else AGAIN
             else:
                 error = error or RuntimeError("the workers ended before the run did")
-                failures.append(diagnose(records, attempt.heartbeats(), error))
+                failures.append(diagnose(records, attempt.heartbeats(), error, attempt.fate))
                 code, message = after(failures, config, stop.is_set())
-                attempt.record({"kind": "failure", "message": message, "exit_code": code})
+                attempt.record({"kind": "failure", "cause": failures[-1].kind, "message": message, "exit_code": code})
             attempt.close()
     console.end(code, journal.read(folder / "journal.jsonl").records, tracking.where)
     return code
@@ -165,20 +171,25 @@ def after(failures: list[Failure], config: Config, stopping: bool) -> tuple[int 
 
 @contextmanager
 def stop_signals(console: Console, stop: threading.Event | None = None) -> Iterator[threading.Event]:
-    """SIGINT or SIGTERM asks for a stop after the step in hand; a second one leaves at once, the checkpoint intact."""
+    """SIGINT or SIGTERM asks for a stop after the step in hand; a second one leaves at once, the checkpoint intact.
+
+    SIGUSR1 asks for it too: by Slurm's custom it announces the end of a job's time (sbatch --signal=USR1@120).
+    """
     stop = stop or threading.Event()
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield stop
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGUSR1:  # that the time ends is often said more than once
+            return
         if stop.is_set():
             console.say("leaving at once; the same command goes on from the last checkpoint", style="yellow")
             os._exit(AGAIN)
         stop.set()
         console.say("stopping: finishing the step and saving; once more to leave at once", style="yellow")
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, on_signal) for number in STOPS}
     try:
         yield stop
     finally:

@@ -1,15 +1,18 @@
 """Why an attempt ended: the cause among its many symptoms, from the journal.
 
 When one worker dies, the others fail a moment later in a collective; those errors are symptoms. The cause is the
-first error that is not one of a collective, or else a worker that is gone without a word: killed, or out of memory.
-A worker that had stopped moving was ended by the driver, which has said so.
+first error that is not one of a collective, or else a worker that is gone without a word; what became of that one is
+asked of its host (fate.py). A worker that had stopped moving was ended by the driver, which has said so. An error for
+want of memory says how less of it is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pipeline.cluster.fate import LESS_MEMORY, OUT_OF_MEMORY, UNKNOWN, short_of_memory
 
 SYMPTOMS = ("gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe", "socket")
 
@@ -18,7 +21,7 @@ SYMPTOMS = ("gloo", "nccl", "connection closed", "connection reset", "connection
 class Failure:
     """What ended an attempt. Two failures are the same when kind, reason and step are."""
 
-    kind: str  # the error's type, or "lost"
+    kind: str  # the error's type, or "lost", "stall", "start"; "memory" when that ran out
     reason: str
     step: int
     traceback: str = ""
@@ -30,9 +33,15 @@ class Failure:
 
 
 def diagnose(
-    records: Sequence[Mapping[str, Any]], heartbeats: Mapping[int, Mapping[str, Any]], error: BaseException
+    records: Sequence[Mapping[str, Any]],
+    heartbeats: Mapping[int, Mapping[str, Any]],
+    error: BaseException,
+    fate: Callable[[int, Mapping[str, Any], BaseException], str] = lambda rank, beat, error: UNKNOWN,
 ) -> Failure:
-    """The cause, from the attempt's records, each rank's last heartbeat, and what the launcher raised."""
+    """The cause, from the attempt's records, each rank's last heartbeat, and what the launcher raised.
+
+    fate: what became of the rank of a heartbeat, as far as that can be found out (attempt.Attempt).
+    """
     for record in records:
         if record["kind"] == "stall":  # it was ended for that
             stack = record["stacks"].get(str(record["rank"]), "")
@@ -41,29 +50,29 @@ def diagnose(
     for record in errors:
         text = f"{record['type']} {record['message']}".lower()
         if record["final"] or not any(word in text for word in SYMPTOMS):
-            reason = record["message"] or record["type"]
-            where = (
-                ""
-                if record["final"]
-                else f"worker {record['rank']}, {record['phase']} of step {record['step']}: {record['type']}: "
-            )
-            return Failure(
-                record["type"],
-                where + reason,
-                record["step"],
-                record["traceback"],
-                record["final"],
-                record["exit_code"],
-            )
+            return _raised(record)
     spoke = {record["rank"] for record in errors}
     lost = {rank: beat for rank, beat in heartbeats.items() if rank not in spoke}
+    named = getattr(error, "worker_failures", {})  # Ray Train's, of those it found dead; the rest it has ended itself
+    lost = {rank: beat for rank, beat in lost.items() if rank in named} or lost
     if not heartbeats:
         return Failure("start", f"the workers did not start: {first_line(error)}", 0, str(error))
-    places = [f"worker {rank} was lost in {beat['phase']} of step {beat['step']}" for rank, beat in lost.items()]
+    ends = {rank: fate(rank, beat, error) for rank, beat in lost.items()}
+    places = [f"worker {r} was lost in {b['phase']} of step {b['step']} ({ends[r]})" for r, b in lost.items()]
     reason = " and ".join(places) or f"the workers lost each other: {errors[0]['message'].splitlines()[0]}"
-    return Failure(
-        "lost", f"{reason} (killed, or out of memory)", max(b["step"] for b in heartbeats.values()), str(error)
-    )
+    memory = any(end.startswith(OUT_OF_MEMORY) for end in ends.values())
+    reason += f". {LESS_MEMORY}" if memory else ""
+    return Failure("memory" if memory else "lost", reason, max(b["step"] for b in heartbeats.values()), str(error))
+
+
+def _raised(record: Mapping[str, Any]) -> Failure:
+    """The failure that a worker's own error is."""
+    reason, kind, step, final = record["message"] or record["type"], record["type"], record["step"], record["final"]
+    if not final:
+        reason = f"worker {record['rank']}, {record['phase']} of step {step}: {kind}: {reason}"
+        if mend := short_of_memory(kind, record["message"]):
+            kind, reason = "memory", f"{reason.splitlines()[0]}. {mend}"
+    return Failure(kind, reason, step, record["traceback"], final, record["exit_code"])
 
 
 def first_line(error: BaseException) -> str:

@@ -13,18 +13,19 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import nodes
+from pipeline.cluster import fate, nodes
 from pipeline.cluster.board import Board
+from pipeline.cluster.output import rank_log
 from pipeline.cluster.watchdog import STACKS
 from pipeline.config import Config
 from pipeline.errors import RunError
 
-REACH_SECONDS = 10.0  # for a signal to a worker on another host
+REACH_SECONDS = 10.0  # for a call on another host
 SCRATCH = "millstream-ray-"  # in the system's temporary folder: Ray's sockets need a short path
 
 
@@ -45,6 +46,8 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
         # A private cluster has a token of its own. Left alone, Ray writes one into the home folder for all.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # When memory runs out, end a worker: the policy since Ray 2.56 takes the board and the controller with it.
+        os.environ.setdefault("RAY_worker_killing_policy_by_group", "1")
     import ray
 
     try:
@@ -70,6 +73,13 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def lost_actor() -> tuple[type[BaseException], ...]:
+    """What a call of an actor raises that is gone: its node was lost, or Ray's memory monitor has ended it."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    return RayActorError, OutOfMemoryError
 
 
 def require(config: Config, resources: Mapping[str, float]) -> bool:
@@ -137,18 +147,13 @@ class Attempt:
 
         An empty string when the process, or its host, cannot be reached.
         """
-        import ray
-        from ray.exceptions import RayError
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        return _at(beat["node"], _signal, beat["pid"], number) or ""
 
-        if beat["node"] == ray.get_runtime_context().get_node_id():
-            return _signal(beat["pid"], number)
-        there = NodeAffinitySchedulingStrategy(beat["node"], soft=False)
-        try:
-            task = ray.remote(_signal).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            return ray.get(task.remote(beat["pid"], number), timeout=REACH_SECONDS)
-        except RayError:
-            return ""
+    def fate(self, rank: int, beat: Mapping[str, Any], error: BaseException) -> str:
+        """What became of the worker of a heartbeat that is gone."""
+        raised = getattr(error, "worker_failures", {}).get(rank, error)
+        kernel = _at(beat["node"], fate.more_kills, beat["kills"])
+        return fate.tell(f"{type(raised).__name__}: {raised}", kernel, rank_log(self.folder, self.number, rank))
 
     def run(self) -> BaseException | None:
         """Fit. Returns what ended it, or None when every worker returned."""
@@ -200,9 +205,10 @@ def _worker(work: dict[str, Any]) -> None:
     from pipeline.cluster import output, worker
 
     folder, attempt, board = Path(work["folder"]), work["attempt"], work["board"]
-    output.to_file(output.rank_log(folder, attempt, get_context().get_world_rank()))
+    output.to_file(rank_log(folder, attempt, get_context().get_world_rank()))
+    faulthandler.enable(file=2)  # a crash in native code leaves its stack in the log
     faulthandler.register(STACKS, file=2)  # written by the signal's handler itself, whatever holds the GIL
-    node = {"node": ray.get_runtime_context().get_node_id()}
+    node = {"node": ray.get_runtime_context().get_node_id(), "kills": fate.kills()}
     worker.run(
         Config.model_validate(work["config"]),
         folder,
@@ -210,6 +216,22 @@ def _worker(work: dict[str, Any]) -> None:
         lambda rank, records, where: ray.get(board.deliver.remote(rank, records, where | node)),
         work["new_order"],
     )
+
+
+def _at(node: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function says on a node; None when the node cannot be reached."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if node == ray.get_runtime_context().get_node_id():
+        return function(*args)
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        return ray.get(task.remote(*args), timeout=REACH_SECONDS)
+    except RayError:
+        return None
 
 
 def _signal(pid: int, number: int) -> str:

@@ -12,8 +12,6 @@ from pipeline.cluster import watchdog
 from pipeline.cluster.attempt import Attempt, Solo
 from pipeline.config import Config
 
-LOOK_SECONDS = 1.0  # between two looks at the workers and their hosts
-
 
 class Ended(NamedTuple):
     """What ended an attempt, if it failed, and why it was asked to leave, if not by a person."""
@@ -33,7 +31,7 @@ def supervise(attempt: Attempt, stop: threading.Event, config: Config) -> Ended:
     fit.start()
     told = stalled = False
     resize, room_since = "", None
-    look_at = time.monotonic() + LOOK_SECONDS
+    look_at = time.monotonic() + watchdog.LOOK_SECONDS
     while fit.is_alive():
         now = time.monotonic()
         if now > look_at and not stalled:
@@ -43,7 +41,7 @@ def supervise(attempt: Attempt, stop: threading.Event, config: Config) -> Ended:
                 resize = f"{' and '.join(leaving)} is about to leave"
             elif room_since and now - room_since >= config.cluster.grow_seconds:
                 resize = f"there is room for {attempt.capacity()} workers"
-            look_at = time.monotonic() + LOOK_SECONDS
+            look_at = now + watchdog.LOOK_SECONDS  # however long this one took
         if (stop.is_set() or resize) and not told:
             if resize and not stop.is_set():
                 attempt.record({"kind": "resize", "message": f"{resize}: finishing the step and saving"})

@@ -2,7 +2,8 @@
 
 The ranks run in step, so when one stalls all others soon wait for it, in phases of their own that also pass their
 limits. The one to blame is the one that has gone silent (its process is stopped, or its host is gone), else the one
-that is furthest behind. The limit of a step's phases is learnt: ten times the median step, once steps were measured.
+that is furthest behind. The limit of a step's phases is learnt, once steps were measured: a worker that hangs is found
+within ten times the median step, or 10 s if that is more, the look itself included.
 
 What it gives up: a rank of which nothing is heard between two heartbeats (2 s) is taken to be still where it was, so
 a phase that takes all but 2 s of its limit may count as stalled.
@@ -23,8 +24,10 @@ STACKS = signal.SIGUSR2  # a worker answers it with the stacks of its threads, i
 STACK_SECONDS = 1.0  # it has for that
 
 STEP_PHASES = {"data": 0, "forward": 1, "backward": 1, "step": 2}  # -> how far in the step; the rest comes before it
-LEAST_SECONDS = 9.0  # that a step's phase may take however short the steps are; with the look it is found within 10
-MEDIANS = 10.0
+FOUND_SECONDS = 10.0  # in which a hang is found however short the steps are;
+MEDIANS = 10.0  # or in so many median steps
+LOOK_SECONDS = 1.0  # between two looks at the workers
+LATE_SECONDS = 1.5  # by which the look may come late: it takes a moment itself
 SILENT_SECONDS = 5.0  # a heartbeat comes every 0.5 to 2
 
 
@@ -106,7 +109,7 @@ def limit_of(beat: Mapping[str, Any], limits: Stall) -> float:
     phase, usual = beat["phase"], beat["step_seconds"]
     if phase == "data" or phase not in STEP_PHASES:
         return float(getattr(limits, phase))
-    return limits.step if usual is None else max(LEAST_SECONDS, MEDIANS * usual)
+    return limits.step if usual is None else max(FOUND_SECONDS, MEDIANS * usual) - LATE_SECONDS
 
 
 def _seconds(beat: Mapping[str, Any]) -> float:

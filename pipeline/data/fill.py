@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +22,7 @@ import torch
 
 from pipeline.data.reader import Dataset, Sample, SampleError
 from pipeline.data.samples import Empty, Lookup, Samples
+from pipeline.data.slow import Reads
 from pipeline.errors import DataError, MillstreamError
 
 Prepare = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]]
@@ -61,6 +62,7 @@ class MicroBatch:
     numbers: np.ndarray  # int64[m], of the samples that were read
     batch: dict[str, torch.Tensor]  # each [m, ...]
     found: tuple[Substitution, ...] = ()  # decided while this one was prepared
+    reads: Reads = field(default_factory=dict)  # how long the bytes of each shard took
     filler: bool = False  # repeats another one so that ranks run in step; counts for nothing
 
 
@@ -96,12 +98,14 @@ class Fill:
         if self.gather is not None and self.seed is None:
             try:
                 lookup = rows.lookup or Lookup(self.datasets, rows.sources, rows.numbers)
-                arrays = self.gather(Samples(lookup, rows.low, rows.low + len(rows.numbers), empty))
+                samples = Samples(lookup, rows.low, rows.low + len(rows.numbers), empty)
+                arrays = self.gather(samples)
             except DataError:
                 arrays = None  # one by one, the bad sample is named, or replaced
             if arrays is not None:
                 batch = {name: _tensor(name, array, empty) for name, array in arrays.items()}
-                return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch)
+                reads = samples.reads or self._reads()
+                return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch, reads=reads)
         return self._one_by_one(rows, substitutes, empty, stopped)
 
     def lookup(self, sources: np.ndarray, numbers: np.ndarray) -> Lookup | None:
@@ -142,7 +146,10 @@ class Fill:
                 error.add_note(f"while preparing {place}")  # a bug keeps its type and its traceback
                 raise
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return MicroBatch(rows.index, rows.sources, rows.epochs, numbers, batch, tuple(found))
+        return MicroBatch(rows.index, rows.sources, rows.epochs, numbers, batch, tuple(found), self._reads())
+
+    def _reads(self) -> Reads:
+        return {shard: read for dataset in self.datasets for shard, read in dataset.take_reads().items()}
 
     def _name(self, source: int, number: int) -> str:
         dataset = self.datasets[source]

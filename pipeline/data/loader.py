@@ -22,6 +22,7 @@ from pipeline.data import ahead
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes
 from pipeline.data.samples import Lookup
 from pipeline.data.skipped import Skipped
+from pipeline.data.slow import SlowShard, SlowShards
 from pipeline.errors import ConfigError, DataError
 
 NOTHING = Skipped()
@@ -76,6 +77,7 @@ class Loader:
         self._own = range(rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size)
         self._micro_steps = -(-micro_batches // world_size)
         self._skipped, self._next_step = skipped, skipped.next(start_step)
+        self._speeds, self._read = SlowShards(), set[str]()  # of the shards; those of the last step
 
         planned = _Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
         steps = (step for step in count(start_step) if not skipped.window(step))
@@ -98,9 +100,16 @@ class Loader:
         batches = [self._ahead.take() for _ in self._own]
         self.wait_seconds = time.perf_counter() - began
         self._next_step = self._skipped.next(k + 1)
+        self._read = {shard for micro in batches for shard in micro.reads}
+        for micro in batches:
+            self._speeds.note(micro.reads, self.wait_seconds / len(batches))
         if len(batches) < self._micro_steps:
             batches.append(replace(batches[-1], filler=True))
         return batches
+
+    def slow_shards(self) -> list[SlowShard]:
+        """Shards of the last step that training waits for, read far more slowly than others; each is told once."""
+        return self._speeds.found(self._read)
 
     def close(self) -> None:
         """Stop the threads and wait until they have ended; may be called twice."""

@@ -25,6 +25,7 @@ from xxhash import xxh3_64_intdigest
 from pipeline.data.decode import decode
 from pipeline.data.index import Index, open_index
 from pipeline.data.segment import Field, Segment
+from pipeline.data.slow import Reads
 from pipeline.errors import DataError
 
 MAX_MAPPED = 256  # shards at once; each holds two file descriptors, of which a process often has 1,024
@@ -39,11 +40,15 @@ class SampleError(DataError):
 
 @dataclass(frozen=True)
 class Mapped:
-    """A shard that is open: its tar and its segment."""
+    """A shard that is open: its tar and its segment.
+
+    read: bytes, and the seconds that took, since somebody last asked.
+    """
 
     path: Path
     tar: memoryview
     segment: Segment
+    read: list[float] = field(default_factory=lambda: [0, 0.0])
     _places: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -114,11 +119,17 @@ class Sample:
                 f"{', '.join(self._fields)}; use another task, or pack the data set with that field"
             )
         data = self._shard.tar[place.offset : place.offset + place.length]
-        if self._dataset.check_digests and xxh3_64_intdigest(data) != place.digest:
-            raise SampleError(
-                f"{self._where(field)}: its {place.length} bytes at byte {place.offset} are not those that were "
-                f"indexed (xxh3 differs); copy the shard again, then `millstream data verify {self._shard.path.parent}`"
-            )
+        if self._dataset.check_digests:
+            began = time.perf_counter()  # the first touch: if a disk is waited for, then here
+            digest, read = xxh3_64_intdigest(data), self._shard.read
+            read[0] += place.length
+            read[1] += time.perf_counter() - began
+            if digest != place.digest:
+                raise SampleError(
+                    f"{self._where(field)}: its {place.length} bytes at byte {place.offset} are not those that were "
+                    "indexed (xxh3 differs); copy the shard again, then "
+                    f"`millstream data verify {self._shard.path.parent}`"
+                )
         self._checked[field] = data
         return data
 
@@ -152,6 +163,15 @@ class Dataset:
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the same folder for itself."""
         return open_dataset, (self.index.folder, self.check_digests, self.decoders)
+
+    def take_reads(self) -> Reads:
+        """What was read of each shard since this was last asked. Of several threads one gets what all have read."""
+        reads: Reads = {}
+        for shard in list(self._mapped.values()):
+            if shard.read[0]:
+                reads[str(shard.path)] = shard.read.copy()
+                shard.read[:] = 0, 0.0
+        return reads
 
     def close(self) -> None:
         """Let go of all files; those whose bytes are still in use stay mapped until they are not."""

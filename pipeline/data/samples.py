@@ -6,12 +6,15 @@ views of the tars (`raw`), whole numbers that the index holds (`values`), or equ
 A `Lookup` finds where the fields of many samples lie; that costs little more for thousands than for one, so the loader
 makes one for several micro batches to come. `Samples` reads those of one micro batch.
 
+Bytes that come slowly are timed shard by shard from then on, until the lookup ends (slow.py says what for).
+
 What it gives up: a column of samples that are not alike. It is None then, and the samples are read one by one.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,9 +24,11 @@ from xxhash import xxh3_64_intdigest
 
 from pipeline.data.decode import npy_header
 from pipeline.data.reader import Dataset, Mapped, Sample, SampleError
+from pipeline.data.slow import Reads
 
 NPY_START = 128  # bytes of an npy header as numpy writes it; only then are rows stacked at once
 ADDRESSES = 2**47  # of a process, on x86-64 and arm64 as Linux sets them up
+SLOW_SECONDS, SLOW_RATE = 0.02, 50e6  # a column that takes longer, at fewer bytes/s, came from a slow disk or server
 GATHERED_BYTES = 16384  # rows up to this size are copied by one call for all of them, larger ones by a call each
 
 Empty = Callable[[str, tuple[int, ...], Any], np.ndarray]  # (name, shape, dtype) -> a buffer
@@ -66,6 +71,7 @@ class Lookup:
         self._back[together] = np.arange(len(together))
         self._columns: dict[str, Column] = {}
         self._values: dict[str, np.ndarray | None] = {}
+        self.slow = False  # bytes came slowly: from now on each shard is timed by itself
 
     def column(self, field: str) -> Column:
         """Where a field lies; found once, and kept."""
@@ -109,6 +115,7 @@ class Samples:
         self.numbers = lookup.numbers[self._range]  # int64[m]
         self._empty: Empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
         self._check = all(dataset.check_digests for dataset in lookup.datasets)
+        self.reads: Reads = {}  # what was read so far, of all shards together
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -132,7 +139,10 @@ class Samples:
         """The bytes of a field of every sample, checked, without a copy; None when a sample lacks it."""
         views = self._views(field)
         if views is not None and self._check:
-            self._compare(field, list(map(xxh3_64_intdigest, views)))
+            began = self._begin(field)
+            digests = list(map(xxh3_64_intdigest, views))
+            self._timed(began, sum(map(len, views)))
+            self._compare(field, digests)
         return views
 
     def array(self, field: str) -> np.ndarray | None:
@@ -142,15 +152,17 @@ class Samples:
         if length < NPY_START:
             return None
         rows = self.empty(f"{field} rows", (len(self), length), np.uint8)
+        began = self._begin(field)
         if length <= GATHERED_BYTES:
             rows[:] = _memory(length)[column.addresses[part] - 1]
         else:
             for row, view in zip(rows, self._views(field) or ()):
                 row[:] = view
-        if self._check:  # what is used, not what was copied; it is still in the cache
-            self._compare(
-                field, list(map(xxh3_64_intdigest, map(rows.data.cast("B").__getitem__, _slices(*rows.shape))))
-            )
+        views = map(rows.data.cast("B").__getitem__, _slices(*rows.shape))  # what is used, not what was copied
+        digests = list(map(xxh3_64_intdigest, views)) if self._check else None  # it is still in the cache
+        self._timed(began, rows.nbytes)
+        if digests is not None:
+            self._compare(field, digests)
         dtype, shape, order, begin = npy_header(rows[0, :NPY_START].data)
         words = rows[:, :NPY_START].view(np.int64)
         if (words != words[0]).any() or begin != NPY_START or order != "C":
@@ -158,6 +170,29 @@ class Samples:
         if not dtype.itemsize or dtype.itemsize * math.prod(shape) != length - begin:
             return None
         return rows[:, begin:].view(dtype).reshape(len(rows), *shape)
+
+    def _begin(self, field: str) -> float:
+        """When the reading of a field begins. Once bytes came slowly, each sample's are touched and timed before."""
+        if self._lookup.slow:
+            shards = self._lookup.column(field).tars[self._range].tolist()
+            for shard, view in zip(shards, self._views(field) or ()):
+                began = time.perf_counter()
+                xxh3_64_intdigest(view)
+                read = self._lookup.parts[shard][0].read
+                read[0] += len(view)
+                read[1] += time.perf_counter() - began
+        return time.perf_counter()
+
+    def _timed(self, began: float, count: int) -> None:
+        """Note that `count` bytes have been read since."""
+        if self._lookup.slow:
+            return
+        seconds = time.perf_counter() - began
+        if seconds > SLOW_SECONDS and count < SLOW_RATE * seconds:
+            self._lookup.slow = True  # by which shard is not known; the next micro batch tells
+        else:
+            before = self.reads.get("", (0, 0.0))
+            self.reads[""] = [before[0] + count, before[1] + seconds]
 
     def _views(self, field: str) -> list[memoryview] | None:
         column, part = self._lookup.column(field), self._range

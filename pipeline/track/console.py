@@ -109,6 +109,8 @@ class Console:
                 )
             case "substitute":
                 self.say(f"step {record['step']:>6}  bad sample replaced: {record['reason']}", style="yellow")
+            case "slow":
+                self.say(f"step {record['step']:>6}  {record['message']}", style="yellow")
             case "warning":
                 self.say(f"warning: {record['message']}", style="yellow")
 

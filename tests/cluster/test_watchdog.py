@@ -49,8 +49,8 @@ def test_each_phase_has_a_limit(phase: str) -> None:
 
 
 def test_the_limit_of_a_step_is_learnt() -> None:
-    assert watchdog.limit_of(beat("backward", 30, 0, usual=0.1), LIMITS) == watchdog.LEAST_SECONDS
-    assert watchdog.limit_of(beat("backward", 30, 0, usual=4.0), LIMITS) == 40.0
+    assert watchdog.limit_of(beat("backward", 30, 0, usual=0.1), LIMITS) == 10.0 - watchdog.LATE_SECONDS
+    assert watchdog.limit_of(beat("backward", 30, 0, usual=4.0), LIMITS) == 40.0 - watchdog.LATE_SECONDS
     assert watchdog.limit_of(beat("backward", 3, 0, usual=None), LIMITS) == LIMITS.step
 
 
@@ -74,3 +74,30 @@ def test_a_thousand_slow_but_healthy_phases_raise_no_alarm() -> None:
         beats = {rank: held | {"silent_seconds": now - heard[rank]} for rank, held in seen.items()}
         assert watchdog.find(beats, LIMITS) is None
         now += 0.5
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_hang_is_found_within_ten_seconds_or_ten_median_steps(silent: bool) -> None:
+    """Rank 1 of two hangs at some moment of some phase of a step, or its process stops; heartbeats come every 0.5 and
+    2 s at any phase of the clock, looks a moment late, as supervise makes them. All in seconds that are counted here.
+    """
+    draw = random.Random(11)
+    for _ in range(300):
+        usual = draw.choice([0.01, 0.3, 1.0, 2.5, 30.0])
+        place = draw.choice(["forward", "backward", "step"])
+        inside = draw.uniform(0.0, usual)  # of the phase, when it hangs
+        beats_from = [draw.uniform(0.0, every) for every in (0.5, 2.0)]
+        look, found = draw.uniform(0.0, watchdog.LOOK_SECONDS), None
+        while found is None:
+            seen = {}
+            for rank, (every, since) in enumerate(zip((0.5, 2.0), beats_from)):
+                heard = look - (look + since) % every  # the last heartbeat before this look
+                if rank == 1 and silent:
+                    heard = min(heard, -since)  # the last one before it stopped
+                spent = inside + heard if rank == 1 else max(heard, 0.0)
+                phase = (place, max(spent, 0.0)) if rank == 1 else ("step", spent)
+                seen[rank] = beat(phase[0], 30, phase[1], silent=look - heard, usual=usual)
+            found = watchdog.find(seen, LIMITS)
+            last, look = look, look + draw.uniform(watchdog.LOOK_SECONDS, watchdog.LOOK_SECONDS + 0.4)
+        assert found.rank == 1
+        assert last <= max(10.0, 10 * usual), (usual, place, last)

@@ -1,0 +1,62 @@
+"""Image classification whose second rank meets with accidents: one an attempt, as the files of a folder say; and which
+computes more slowly than the first.
+
+A file is taken away before its accident happens, so each happens once: `<number>-<what>`, in that order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline import pace
+from pipeline.tasks import image_classification
+
+__all__ = ["Config", "Task"]
+
+AT_CALL = 10  # of the loss
+PIECE_BYTES, MOST_BYTES = 2**26, 2**33  # memory is taken in pieces, for a test that fails not up to the last of it
+
+pace.WINDOW = 3, 0.2  # what a run shows in minutes is seen in a second
+
+
+class Config(image_classification.Config):
+    accidents: str  # the folder
+
+
+class Task(image_classification.Task):
+    calls = 0
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        self.calls += 1
+        if dist.get_rank() == 1:
+            time.sleep(0.05)
+            assert isinstance(self.config, Config)
+            accidents = sorted(Path(self.config.accidents).iterdir())
+            if self.calls == AT_CALL and accidents:
+                accidents[0].unlink()
+                happen(accidents[0].name.partition("-")[2])
+        return super().loss(model, batch)
+
+
+def happen(what: str) -> None:
+    """One accident."""
+    held = []
+    if what == "grow":
+        while len(held) * PIECE_BYTES < MOST_BYTES:
+            held.append(torch.ones(PIECE_BYTES // 4))
+            time.sleep(0.1)  # so that a monitor sees it coming
+        raise AssertionError("there was memory to the last")
+    if what == "allocate":
+        torch.empty(2**50)
+    if what == "crash":
+        ctypes.string_at(0)
+    os.kill(os.getpid(), getattr(signal, what))
+    time.sleep(60)
