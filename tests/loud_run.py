@@ -23,7 +23,7 @@ def project(folder: Path, **changes: Any) -> Path:
     """A configuration in `folder` and what it needs: a step on either side of two steps in a row is left out."""
     pictures = small_data.images(folder / "pictures", count=16 * STEPS)
     data = {"train": str(pictures), "evaluate": {"test": str(pictures)}}
-    guard = {"spike_window": 8, "max_skipped": len(TROUBLE) - 1, "margin": 1}
+    guard = {"spike_window": 8, "spike_power": 4, "max_skipped": len(TROUBLE) - 1, "margin": 1}
     settings: dict[str, Any] = {"steps": STEPS, "data": data, "guard": guard} | changes
     return small_data.config(folder / "toy.yaml", {"name": "tests.poisoned_task"}, pictures, **settings)
 

@@ -239,7 +239,7 @@ def test_checkpoints_are_listed_and_verified(millstream: Run, project: Path) -> 
 
 
 def test_checkpoints_are_pruned_as_asked(millstream: Run, project: Path) -> None:
-    changes = ["checkpoint.keep=3", "evaluate.every=10"]
+    changes = ["checkpoint.keep=3", "evaluate.every=10", "guard.rollbacks=0"]
     (project / "run").mkdir()
     (project / "run" / "config.yaml").write_text(dump(resolve(load("good.yaml", changes))))
     assert "none yet" in millstream("checkpoint", "prune", "run").out

@@ -27,7 +27,10 @@ def toy(tmp_path: Path) -> Path:
     pictures = small_data.images(tmp_path / "pictures")
     data = {"train": str(pictures), "evaluate": {"test": str(pictures)}}
     checkpoint = {"every": 2, "url": f"file://{tmp_path}/far"}
-    return small_data.config(tmp_path / "toy.yaml", TASK, pictures, data=data, steps=6, checkpoint=checkpoint)
+    guard = {"rollbacks": 0}  # so that none stays to go back to
+    return small_data.config(
+        tmp_path / "toy.yaml", TASK, pictures, data=data, steps=6, checkpoint=checkpoint, guard=guard
+    )
 
 
 def train(toy: Path, *changes: str, fresh: bool = False) -> int:

@@ -142,7 +142,7 @@ def test_two_workers_under_ray(toy: Path) -> None:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=290,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         output[name] = done.stdout
