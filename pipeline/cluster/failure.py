@@ -76,4 +76,6 @@ def _raised(record: Mapping[str, Any]) -> Failure:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line that says something: Ray's errors begin with headings, which end with a colon."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)

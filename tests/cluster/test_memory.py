@@ -42,7 +42,7 @@ def train(folder: Path, accidents: list[str], enter: Path | None = None, **envir
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": ROOT, **environment},
+        env={**os.environ, "PYTHONPATH": ROOT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
