@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import cli_checkpoint, cli_data, cli_resume
+from pipeline import cli_checkpoint, cli_data, cli_report, cli_resume
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
@@ -141,6 +141,8 @@ def evaluate(
     terminal.table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in scores.items()])
 
 
+app.command(epilog=cli_report.REPORT)(cli_report.report)
+app.command(epilog=cli_report.DASHBOARD)(cli_report.dashboard)
 app.command("verify-resume", epilog=cli_resume.EXAMPLE)(cli_resume.verify_resume)
 
 

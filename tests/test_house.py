@@ -20,7 +20,7 @@ PACKAGE = ROOT / "pipeline"
 
 # From the bottom up. A module imports from its own layer and from those before it. The longest name that fits counts.
 LAYERS = [
-    ["errors", "problems", "yaml_file", "rules", "task_file", "sections", "config"],
+    ["errors", "look", "problems", "yaml_file", "rules", "task_file", "sections", "config"],
     ["models", "data"],
     ["tasks"],
     [
@@ -46,7 +46,7 @@ LAYERS = [
     ["saving"],
     ["train"],
     ["cluster", "plan", "track.page", "verify_resume"],
-    ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_resume", "terminal", "__init__", "__main__"],
+    ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_report", "cli_resume", "terminal", "__init__", "__main__"],
 ]
 FENCES = {
     "ray": ["cluster"],

@@ -1,0 +1,211 @@
+"use strict";
+// One chart: a metric of every run that is shown, drawn by uPlot; behind it the same as a table.
+// The plot is a slider over steps for the keyboard and for screen readers. All charts share cursor and zoom.
+
+const HEIGHT = 220, COLOURS = 8, BANDS = 8; // with more runs the bands would hide the lines
+const DASHES = [[], [7, 4], [2, 3]];
+const charts = new Map();
+
+function el(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") made.addEventListener(name, value);
+    else if (value !== undefined && value !== null && value !== false) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const colour = (index) => css(`--${index % COLOURS}`);
+const dash = (index) => Math.floor(index / COLOURS) % DASHES.length;
+const swatch = (index) => {
+  const made = el("span", { class: `swatch dash${dash(index)}`, "aria-hidden": "true" });
+  made.style.borderTopColor = `var(--${index % COLOURS})`;
+  return made;
+};
+
+function number(value) { // four digits that count
+  if (value === null || value === undefined) return "-";
+  const size = Math.abs(value);
+  if (size >= 1e4 && size < 1e9) return Math.round(value).toLocaleString("en");
+  if (size !== 0 && (size < 1e-3 || size >= 1e9)) return value.toExponential(3).replace(/\.?0+e/, "e");
+  return String(Number(value.toPrecision(4)));
+}
+
+function short(value) { // a label of an axis
+  const size = Math.abs(value);
+  if (size !== 0 && size < 1e-3) return value.toExponential(1).replace(".0e", "e");
+  const [unit, sign] = size >= 1e9 ? [1e9, "G"] : size >= 1e6 ? [1e6, "M"] : size >= 1e4 ? [1e3, "k"] : [1, ""];
+  return Number((value / unit).toPrecision(4)).toLocaleString("en", { maximumFractionDigits: 4 }) + sign;
+}
+
+const TITLES = {
+  "train/loss": "Training loss", "train/grad_norm": "Gradient norm", "optim/lr": "Learning rate",
+  "throughput/samples_per_second": "Samples per second", "throughput/tokens_per_second": "Tokens per second",
+  "throughput/mfu": "Model FLOPs utilization", "time/step_seconds": "Seconds per step",
+  "data/wait_share": "Share of the step waiting for data", "data/wait_seconds": "Seconds waiting for data",
+};
+
+class Chart {
+  constructor(name) {
+    this.name = name;
+    this.log = false;
+    this.runs = [];
+    this.shape = "";
+    this.button = el("button", { type: "button", "aria-pressed": "false", click: () => this.toggle() }, "log");
+    this.button.setAttribute("aria-label", `logarithmic: ${name}`);
+    this.readout = el("p", { class: "readout" });
+    this.plot = el("div", {
+      class: "plot", tabindex: "0", role: "slider", "aria-label": `${name} by step`, "aria-describedby": "how",
+      "aria-valuemin": "0", "aria-valuemax": "0", "aria-valuenow": "0", keydown: (event) => this.key(event),
+    });
+    this.table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${name} as a table` });
+    this.details = el("details", { toggle: () => this.tabulate() }, el("summary", {}, "as a table"), this.table);
+    const title = TITLES[name] ? `${TITLES[name]} (${name})` : name;
+    this.figure = el("figure", {}, el("div", { class: "top" }, el("h3", {}, title), this.button),
+      this.readout, this.plot, this.details);
+    new ResizeObserver(() => this.u && this.u.setSize({ width: this.plot.clientWidth, height: HEIGHT })).observe(this.plot);
+  }
+
+  toggle() {
+    this.log = !this.log;
+    this.button.setAttribute("aria-pressed", String(this.log));
+    this.draw();
+  }
+
+  update(runs) { // [{name, index, curve}], of the runs that have this metric
+    this.runs = runs;
+    this.draw();
+    this.tabulate();
+  }
+
+  data() {
+    const drawn = (values) => (this.log ? values.map((value) => (value > 0 ? value : null)) : values);
+    const tables = this.runs.map(({ curve }) => {
+      const columns = [curve.x, drawn(curve.mean)];
+      return this.banded(curve) ? [...columns, drawn(curve.low), drawn(curve.high)] : columns;
+    });
+    return tables.length === 1 ? tables[0] : uPlot.join(tables);
+  }
+
+  banded(curve) {
+    return curve.low && this.runs.length <= BANDS;
+  }
+
+  draw() {
+    if (!this.runs.length) return;
+    const data = this.data(), steps = data[0];
+    const shape = JSON.stringify([this.log, this.runs.map((run) => [run.name, run.index, Boolean(this.banded(run.curve))])]);
+    this.plot.setAttribute("aria-valuemin", steps[0]);
+    this.plot.setAttribute("aria-valuemax", steps[steps.length - 1]);
+    if (this.u && shape === this.shape) {
+      this.u.setData(data, !zoom);
+      if (zoom) this.u.redraw();
+    } else {
+      this.shape = shape;
+      if (this.u) this.u.destroy();
+      this.u = new uPlot(this.options(steps.length), data, this.plot);
+      if (zoom) this.u.setScale("x", zoom);
+    }
+    this.tell(steps.length - 1);
+  }
+
+  options(points) {
+    const series = [{}], bands = [];
+    for (const { name, index, curve } of this.runs) {
+      const stroke = colour(index), own = { label: name, stroke, width: 1.5, dash: DASHES[dash(index)] };
+      series.push({ ...own, points: { show: points <= 60, size: 5, fill: stroke } });
+      if (this.banded(curve)) {
+        const edge = { stroke: "transparent", width: 0, points: { show: false } };
+        series.push({ ...edge }, { ...edge });
+        bands.push({ series: [series.length - 1, series.length - 2], fill: `${stroke}38` });
+      }
+    }
+    const axis = { stroke: css("--soft"), font: "11px system-ui", grid: { stroke: css("--grid"), width: 1 },
+      ticks: { stroke: css("--grid"), width: 1 }, values: (u, splits) => splits.map((at) => (at === null ? "" : short(at))) };
+    return {
+      width: this.plot.clientWidth || 480, height: HEIGHT, legend: { show: false }, series, bands,
+      scales: { x: { time: false }, y: { distr: this.log ? 3 : 1 } },
+      axes: [{ ...axis, incrs: [1, 2, 5].flatMap((n) => [...Array(9).keys()].map((p) => n * 10 ** p)).sort((a, b) => a - b) },
+        { ...axis, size: 58 }],
+      cursor: { sync: { key: "steps" }, points: { show: false }, y: false, drag: { x: true, y: false, setScale: false },
+        bind: { dblclick: () => () => zoomTo(null) } },
+      hooks: {
+        setCursor: [(u) => this.tell(u.cursor.idx)],
+        setSelect: [(u) => {
+          if (u.select.width < 4) return;
+          zoomTo({ min: u.posToVal(u.select.left, "x"), max: u.posToVal(u.select.left + u.select.width, "x") });
+          u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+        }],
+      },
+    };
+  }
+
+  tell(place) { // what the runs have at a place of the plot
+    const steps = this.u ? this.u.data[0] : [];
+    if (place === null || place === undefined || place >= steps.length) return;
+    const step = steps[place], parts = [];
+    this.readout.replaceChildren(`step ${step.toLocaleString("en")} `);
+    for (const { name, index, curve } of this.runs) {
+      const at = last(curve.x, step);
+      if (at < 0) continue;
+      const range = curve.low && curve.low[at] !== curve.high[at] ? ` (${number(curve.low[at])} to ${number(curve.high[at])})` : "";
+      parts.push(`${name} ${number(curve.mean[at])}${range}`);
+      if (parts.length <= BANDS) this.readout.append(" ", swatch(index), parts[parts.length - 1]);
+    }
+    if (parts.length > BANDS) this.readout.append(` and ${parts.length - BANDS} more`);
+    this.plot.setAttribute("aria-valuenow", step);
+    this.plot.setAttribute("aria-valuetext", `step ${step}: ${parts.slice(0, BANDS).join("; ")}`);
+    this.place = place;
+  }
+
+  key(event) {
+    const steps = this.u.data[0], by = event.shiftKey ? 10 : 1, end = steps.length - 1, now = Math.min(this.place ?? end, end);
+    const to = { ArrowLeft: now - by, ArrowDown: now - by, ArrowRight: now + by, ArrowUp: now + by, Home: 0, End: end }[event.key];
+    if (event.key === "Escape") zoomTo(null);
+    else if (event.key === "+" || event.key === "-") {
+      const { min, max } = this.u.scales.x, half = ((max - min) / 2) * (event.key === "+" ? 0.5 : 2);
+      zoomTo({ min: Math.max(steps[now] - half, steps[0]), max: Math.min(steps[now] + half, steps[end]) });
+    } else if (to !== undefined) {
+      const place = Math.max(0, Math.min(to, end));
+      this.u.setCursor({ left: this.u.valToPos(steps[place], "x"), top: 1 });
+      this.tell(place);
+    } else return;
+    event.preventDefault();
+  }
+
+  tabulate() {
+    if (!this.details.open) return;
+    const at = (point) => (point ? `${number(point[1])} at ${point[0].toLocaleString("en")}` : "-");
+    const rows = this.runs.map(({ name, curve }) => [name, at(curve.first), at(curve.last), at(curve.lowest), at(curve.highest),
+      curve.points.toLocaleString("en"), curve.bad.toLocaleString("en")]);
+    this.table.replaceChildren(table(["run", "first", "last", "lowest", "highest", "points", "not finite"], rows, this.name));
+  }
+}
+
+function last(steps, step) { // the place of the last one that is not after `step`
+  let low = 0, high = steps.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (steps[middle] <= step) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}
+
+function table(columns, rows, caption) {
+  const head = el("tr", {}, ...columns.map((name) => el("th", { scope: "col" }, name)));
+  const body = rows.map((row) => el("tr", {}, ...row.map((cell, i) => el(i ? "td" : "th", i ? {} : { scope: "row" }, cell))));
+  return el("table", {}, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body));
+}
+
+let zoom = null;
+function zoomTo(range) {
+  zoom = range && range.max > range.min ? range : null;
+  for (const chart of charts.values()) {
+    if (!chart.u) continue;
+    const steps = chart.u.data[0];
+    chart.u.setScale("x", zoom || { min: steps[0], max: steps[steps.length - 1] });
+  }
+}

@@ -1,0 +1,277 @@
+"""A run's journal folded into what a page needs, while it grows: numbers as arrays, rare records whole.
+
+A million steps are a million records of which a page wants a few curves. So each line is read once, from where the last
+look ended, and its numbers go to arrays of 16 bytes a value. When a later attempt goes on from an earlier step, what it
+does again is cut off, so that every step stands once, as `journal.lineage` has it. For the ledger of time (goodput.py),
+which adds the seconds of steps, one record stands for many.
+
+What it gives up: traceback and other details of rare records are kept in memory, 4,000 characters each.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+try:
+    from yaml import CSafeLoader as Loader  # ten times as fast, if PyYAML has it
+except ImportError:
+    from yaml import SafeLoader as Loader
+
+from pipeline.track import goodput, journal
+
+READ_BYTES = 4 << 20  # at a time; other threads look in between
+DETAIL = 4000  # characters of a traceback that are kept
+_BEGIN = ("start", "restore")
+NUMBERS = ("step", "evaluation", "save", "time")  # kinds that come by the thousand and are no event to read about
+
+
+class Curve:
+    """One metric: steps, rising, and their values; one that was not finite is nan."""
+
+    __slots__ = ("steps", "values")
+
+    def __init__(self) -> None:
+        self.steps, self.values = array("q"), array("d")
+
+    def put(self, step: int, value: float | None) -> None:
+        """The newest value of a step."""
+        steps, number = self.steps, math.nan if value is None else value
+        if not steps or step > steps[-1]:
+            steps.append(step)
+            self.values.append(number)
+            return
+        place = bisect_left(steps, step)
+        if steps[place] == step:
+            self.values[place] = number
+        else:
+            steps.insert(place, step)
+            self.values.insert(place, number)
+
+    def cut(self, step: int) -> None:
+        """Forget `step` and what comes after it."""
+        place = bisect_left(self.steps, step)
+        del self.steps[place:], self.values[place:]
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(int64[n] steps, float64[n] values), copies."""
+        return np.array(self.steps, np.int64), np.array(self.values, np.float64)
+
+
+@dataclass(slots=True)
+class Span:
+    """One attempt: from when to when it was heard of, its workers, the step it began with, steps done at its end.
+
+    `first` is None and `outcome` "" while nothing has been said of that.
+    """
+
+    number: int
+    begin: float
+    end: float
+    workers: int
+    last: int
+    first: int | None = None
+    outcome: str = ""
+
+
+class Spent:
+    """Seconds of all steps of one attempt, also of those that were done again."""
+
+    def __init__(self) -> None:
+        self.steps, self.times = array("q"), array("d")
+        self.seconds, self.waited = array("d"), array("d")
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        metrics = record["metrics"]
+        seconds = metrics.get("time/step_seconds") or 0.0
+        self.steps.append(record["step"])
+        self.times.append(record["time"])
+        self.seconds.append(seconds)
+        self.waited.append(min(metrics.get("data/wait_seconds") or 0.0, seconds))
+
+    def records(self, cuts: list[int]) -> Iterator[dict[str, Any]]:
+        """One record for all steps between two of the rising `cuts`, their seconds added up."""
+        places = np.searchsorted(cuts, np.array(self.steps), side="right")
+        seconds, waited = (np.bincount(places, np.array(each)) for each in (self.seconds, self.waited))
+        for place in np.unique(places):
+            step = int(np.min(np.array(self.steps)[places == place]))
+            metrics = {"time/step_seconds": float(seconds[place]), "data/wait_seconds": float(waited[place])}
+            yield {"kind": "step", "step": step, "time": max(self.times), "metrics": metrics}
+
+
+class Reading:
+    """What the journal of the run in `folder` has said so far. `lock` is held by who looks at it while it grows.
+
+    done: curves by name that stand at a step's own number.  after: those that stand at the number of steps done.
+    events: rare records in order, texts shortened.  marks: (time, kind, step) of evaluations and saves that count.
+    ranks: {rank: {phase: seconds}} of the newest attempt.  generation: counts what made earlier points invalid.
+    damaged: lines that could not be read.  heard: time of the last record.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lock = folder, threading.RLock()
+        self._config: tuple[float, dict[str, Any]] = (-1.0, {})
+        self.generation = -1
+        self._anew()
+
+    def _anew(self) -> None:
+        self.generation += 1
+        self.position = self.damaged = self.last_step = 0
+        self.done: dict[str, Curve] = {}
+        self.after: dict[str, Curve] = {}
+        self.spans: list[Span] = []
+        self.events: list[dict[str, Any]] = []
+        self.marks: list[tuple[float, str, int]] = []
+        self.counts: Counter[str] = Counter()
+        self.ranks: Mapping[str, Mapping[str, float]] = {}
+        self.heard: float | None = None
+        self._spent: dict[int, Spent] = {}
+        self._times: dict[int, Mapping[str, Any]] = {}
+        self._shares: tuple[int, dict[str, float]] = (0, {})
+
+    def advance(self, most: int = READ_BYTES) -> bool:
+        """Read what has come since, about `most` bytes of it; whether there was any."""
+        path = self.folder / "journal.jsonl"
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            size = 0
+        if size == self.position:
+            return False
+        with self.lock:
+            if size < self.position:  # another file
+                self._anew()
+            records, position = journal.since(path, self.position, most)
+            for record in records:
+                if record is None:
+                    self.damaged += 1
+                elif not self.spans or record["attempt"] >= self.spans[-1].number:  # else it was superseded
+                    self._take(record)
+            moved, self.position = position > self.position, position
+        return moved
+
+    def all(self) -> Reading:
+        """Read to the end."""
+        while self.advance(1 << 26):
+            pass
+        return self
+
+    def curves(self) -> dict[str, Curve]:
+        """All curves by name."""
+        return self.done | self.after
+
+    def shares(self) -> dict[str, float]:
+        """goodput.shares of the whole journal."""
+        if self._shares[0] == self.position:
+            return self._shares[1]
+        records: list[Mapping[str, Any]] = []
+        rare: dict[int, list[dict[str, Any]]] = {}
+        for record in self.events:
+            rare.setdefault(record["attempt"], []).append(record)
+        resumed = [(record["attempt"], record["step"]) for record in self.events if record["kind"] in _BEGIN]
+        for span in self.spans:
+            number = {"attempt": span.number}
+            records.append({"kind": "first", "time": span.begin} | number)
+            records += rare.get(span.number, [])
+            records += [self._times[span.number]] if span.number in self._times else []
+            cuts = sorted({step for attempt, step in resumed if attempt > span.number})
+            spent = self._spent.get(span.number)
+            records += [record | number for record in spent.records(cuts)] if spent else []
+            records.append({"kind": "last", "time": span.end} | number)
+        self._shares = self.position, goodput.shares(records)
+        return self._shares[1]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's configuration as it lies in its folder, unchecked: it may be of another version or machine."""
+        path = self.folder / "config.yaml"
+        try:
+            written = path.stat().st_mtime
+            if written != self._config[0]:
+                found = yaml.load(path.read_text(encoding="utf-8"), Loader)
+                self._config = written, found if isinstance(found, dict) else {}
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return self._config[1]
+
+    @property
+    def planned(self) -> int | None:
+        """Steps of the whole run, as its configuration has them."""
+        steps = self.config.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    def _take(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        self.heard = record["time"]
+        self.counts[kind] += 1
+        span = self._span(record)
+        if kind == "step":
+            for name, value in record["metrics"].items():
+                _curve(self.done, name).put(record["step"], value)
+            self._spent.setdefault(span.number, Spent()).add(record)
+            self.last_step = span.last = record["step"] + 1
+            return
+        if kind in _BEGIN:
+            span.first = record["step"]
+            self._rewind(record["step"])
+        elif kind in ("evaluation", "save"):
+            for name, value in record["metrics"].items():
+                _curve(self.after, name).put(record["step"], value)
+            self.marks.append((record["time"], kind, record["step"]))
+        elif kind == "time":
+            self._times[span.number] = record
+            self.ranks = record["ranks"]
+        elif kind == "end":
+            span.outcome = str(record["reason"])
+        elif kind == "failure":
+            span.outcome = str(record["message"]).partition("\n")[0]
+        if kind not in NUMBERS:
+            self.events.append({key: _short(value) for key, value in record.items()})
+
+    def _span(self, record: Mapping[str, Any]) -> Span:
+        """The span of the record's attempt, up to its time."""
+        now = record["time"]
+        if not self.spans or record["attempt"] != self.spans[-1].number:
+            self.spans.append(Span(record["attempt"], now, now, 0, self.last_step))
+            self.ranks = {}
+        span = self.spans[-1]
+        span.end = max(span.end, now)
+        if record["kind"] == "attempt":
+            span.workers = record["workers"]
+        return span
+
+    def _rewind(self, step: int) -> None:
+        """An attempt goes on after `step` steps: what came later is done again."""
+        if self.last_step > step:
+            self.generation += 1
+        for curve in self.done.values():
+            curve.cut(step)
+        for curve in self.after.values():
+            curve.cut(step + 1)
+        self.marks = [mark for mark in self.marks if mark[2] <= step]
+        self.last_step = self.spans[-1].last = step
+
+
+def _curve(curves: dict[str, Curve], name: str) -> Curve:
+    found = curves.get(name)
+    if found is None:
+        found = curves[name] = Curve()
+    return found
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= DETAIL else f"{value[:DETAIL]} ..."
+    if isinstance(value, Mapping):
+        return {key: _short(entry) for key, entry in value.items()}
+    return value
