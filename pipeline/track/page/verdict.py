@@ -85,14 +85,14 @@ def judge(reading: Reading, owner: str | None) -> Verdict:
     last = reading.spans[-1].outcome if reading.spans else ""
     where = f"step {reading.last_step:,} of {steps:,}"
     sentence = {
-        "not begun": "Nothing has been recorded yet.",
-        "done": f"Done: {reading.last_step:,} steps in {duration(wall_seconds(reading))}.",
-        "training": f"Training: {where}{_left(reading, steps)}. Owner: {owner}.",
-        "stopped": f"Stopped at {where}; the same command goes on from there.",
-        "interrupted": f"Interrupted at {where}: its driver is gone without a word. The same command goes on.",
-        "refused": f"Refused at {where}, the configuration has to be mended: {last}",
-        "crash loop": f"Crash loop at {where}: {last}",
-        "given up": f"Given up at {where}: {last}",
+        "not begun": "nothing has been recorded yet.",
+        "done": f"{reading.last_step:,} steps in {duration(wall_seconds(reading))}.",
+        "training": f"{where}{_left(reading, steps)}; by {owner}.",
+        "stopped": f"{where} is saved; the same command goes on from there.",
+        "interrupted": f"{where}; its driver is gone without a word. The same command goes on.",
+        "refused": f"{where}; the configuration has to be mended: {last}",
+        "crash loop": f"{where}; {last}",
+        "given up": f"{where}; {last}",
     }[found]
     best = scores(reading)[:1]
     if best and best[0].best == best[0].best:
@@ -131,7 +131,7 @@ def _left(reading: Reading, steps: int) -> str:
 def _notes(reading: Reading) -> list[str]:
     notes, counts = [], reading.counts
     if "train/loss" in reading.done and (bad := extremes(*reading.done["train/loss"].arrays()).bad):
-        notes.append(f"The loss was not finite at {bad:,} steps.")
+        notes.append(f"The loss was not finite at {_many(bad, 'step')}.")
     if reading.last_step and (share := waited(reading) or 0.0) > WAITED:
         notes.append(f"{share:.0%} of the step time went into waiting for data: see data/wait_share.")
     shares = reading.shares()
@@ -148,30 +148,32 @@ def _notes(reading: Reading) -> list[str]:
                 f"{score.name} was best at step {score.step:,}, {since} evaluations ago; now it is "
                 f"{number(score.last)}. Does it fit the training data too closely?"
             )
-    restarts = [record for record in reading.events if record["kind"] == "failure"]
-    if restarts:
-        reason = str(restarts[-1]["message"]).partition("\n")[0]
-        notes.append(f"{len(restarts)} attempt{'s' * (len(restarts) > 1)} failed, the last: {reason}")
-    for kind, what in _COUNTED.items():
-        if counts[kind]:
-            notes.append(f"{counts[kind]:,} {what}: see the events.")
+    survived = [record for record in reading.events if record["kind"] == "failure" and record["exit_code"] is None]
+    if survived:
+        reason = str(survived[-1]["message"]).partition("\n")[0]
+        notes.append(f"{_many(len(survived), 'attempt')} failed and the run went on; the last: {reason}")
+    if told := [_many(counts[kind], what) for kind, what in _COUNTED.items() if counts[kind]]:
+        notes.append(f"Events tell of {', '.join(told)}.")
     if slow := _slowest(reading.ranks):
         notes.append(slow)
     if reading.damaged:
-        notes.append(f"{reading.damaged:,} damaged lines of the journal were passed over.")
+        notes.append(f"The journal has {_many(reading.damaged, 'damaged line')}, passed over here.")
     return notes
 
 
 _COUNTED = {
-    "skip": "steps were skipped",
-    "rollback": "times it went back before a loss spike",
-    "substitute": "bad samples were replaced",
-    "stall": "times a worker stood still",
-    "save_failed": "checkpoints could not be written",
-    "upload_failed": "checkpoints could not be sent",
-    "upload_pending": "warnings that checkpoints are not sent yet",
-    "warning": "warnings",
+    "skip": "skipped step",
+    "rollback": "roll-back",
+    "substitute": "replaced sample",
+    "stall": "stalled worker",
+    "save_failed": "unwritten checkpoint",
+    "upload_failed": "unsent checkpoint",
+    "warning": "warning",
 }
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count > 1)}"
 
 
 def own_seconds(spent: Mapping[str, Any]) -> float:

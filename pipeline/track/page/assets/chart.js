@@ -2,7 +2,8 @@
 // One chart: a metric of every run that is shown, drawn by uPlot; behind it the same as a table.
 // The plot is a slider over steps for the keyboard and for screen readers. All charts share cursor and zoom.
 
-const HEIGHT = 220, COLOURS = 8, BANDS = 8; // with more runs the bands would hide the lines
+const HEIGHT = 200, COLOURS = 8, BANDS = 8; // with more runs the bands would hide the lines
+const DRAWN = 240; // ranges of steps within what is seen: two or three pixels each, so that the mean is a calm line
 const DASHES = [[], [7, 4], [2, 3]];
 const charts = new Map();
 
@@ -47,6 +48,39 @@ const TITLES = {
   "data/wait_share": "Share of the step waiting for data", "data/wait_seconds": "Seconds waiting for data",
 };
 
+const bounds = { first: 0, last: 1 }; // steps of all that is shown: all charts have the same
+let zoom = null;
+const seen = () => zoom || { min: bounds.first, max: bounds.last };
+
+function zoomTo(range) {
+  const [min, max] = range ? [Math.max(range.min, bounds.first), Math.min(range.max, bounds.last)] : [0, 0];
+  zoom = max > min ? { min, max } : null;
+  for (const chart of charts.values()) chart.draw();
+}
+
+// The same curve with fewer points: means of means, and of the bands the lowest and the highest. Ends and gaps stay.
+function coarse(curve, width) {
+  const { min, max } = seen(), steps = 2 ** Math.ceil(Math.log2((max - min) / DRAWN));
+  if (steps <= width) return curve;
+  const found = { x: [], mean: [], low: [], high: [] };
+  for (let i = 0; i < curve.x.length; ) {
+    const range = Math.floor(curve.x[i] / steps), x = curve.x[i];
+    let sum = 0, count = 0, low = Infinity, high = -Infinity;
+    for (; i < curve.x.length && Math.floor(curve.x[i] / steps) === range; i++) {
+      if (curve.mean[i] === null) continue;
+      sum += curve.mean[i];
+      count++;
+      low = Math.min(low, (curve.low || curve.mean)[i]);
+      high = Math.max(high, (curve.high || curve.mean)[i]);
+    }
+    found.x.push(x);
+    found.mean.push(count ? sum / count : null);
+    found.low.push(count ? low : null);
+    found.high.push(count ? high : null);
+  }
+  return found;
+}
+
 class Chart {
   constructor(name) {
     this.name = name;
@@ -65,7 +99,13 @@ class Chart {
     const title = TITLES[name] ? `${TITLES[name]} (${name})` : name;
     this.figure = el("figure", {}, el("div", { class: "top" }, el("h3", {}, title), this.button),
       this.readout, this.plot, this.details);
-    new ResizeObserver(() => this.u && this.u.setSize({ width: this.plot.clientWidth, height: HEIGHT })).observe(this.plot);
+    new ResizeObserver(() => this.resize()).observe(this.plot);
+  }
+
+  resize() {
+    if (!this.plot.clientWidth) return; // it is folded away
+    if (this.u) this.u.setSize({ width: this.plot.clientWidth, height: HEIGHT });
+    else this.draw();
   }
 
   toggle() {
@@ -74,62 +114,51 @@ class Chart {
     this.draw();
   }
 
-  update(runs) { // [{name, index, curve}], of the runs that have this metric
+  update(runs) { // [{name, index, curve, width}], of the runs that have this metric
     this.runs = runs;
     this.draw();
     this.tabulate();
   }
 
-  data() {
-    const drawn = (values) => (this.log ? values.map((value) => (value > 0 ? value : null)) : values);
-    const tables = this.runs.map(({ curve }) => {
-      const columns = [curve.x, drawn(curve.mean)];
-      return this.banded(curve) ? [...columns, drawn(curve.low), drawn(curve.high)] : columns;
-    });
-    return tables.length === 1 ? tables[0] : uPlot.join(tables);
-  }
-
-  banded(curve) {
-    return curve.low && this.runs.length <= BANDS;
-  }
-
   draw() {
-    if (!this.runs.length) return;
-    const data = this.data(), steps = data[0];
-    const shape = JSON.stringify([this.log, this.runs.map((run) => [run.name, run.index, Boolean(this.banded(run.curve))])]);
-    this.plot.setAttribute("aria-valuemin", steps[0]);
-    this.plot.setAttribute("aria-valuemax", steps[steps.length - 1]);
+    if (!this.runs.length || !this.plot.clientWidth) return;
+    const drawn = (values) => (this.log ? values.map((value) => (value > 0 ? value : null)) : values);
+    this.drawn = this.runs.map((run) => coarse(run.curve, run.width));
+    this.banded = this.drawn.map((curve) => Boolean(curve.low) && this.runs.length <= BANDS);
+    const tables = this.drawn.map((curve, i) => [curve.x, drawn(curve.mean), ...(this.banded[i] ? [drawn(curve.low), drawn(curve.high)] : [])]);
+    const data = tables.length === 1 ? tables[0] : uPlot.join(tables), steps = data[0];
+    const shape = JSON.stringify([this.log, this.banded, this.runs.map((run) => [run.name, run.index]), steps.length <= 60]);
     if (this.u && shape === this.shape) {
-      this.u.setData(data, !zoom);
-      if (zoom) this.u.redraw();
+      this.u.setData(data);
     } else {
       this.shape = shape;
       if (this.u) this.u.destroy();
       this.u = new uPlot(this.options(steps.length), data, this.plot);
-      if (zoom) this.u.setScale("x", zoom);
     }
-    this.tell(steps.length - 1);
+    this.plot.setAttribute("aria-valuemin", steps[0]);
+    this.plot.setAttribute("aria-valuemax", steps[steps.length - 1]);
+    this.tell(last(steps, seen().max));
   }
 
   options(points) {
     const series = [{}], bands = [];
-    for (const { name, index, curve } of this.runs) {
+    this.runs.forEach(({ name, index }, i) => {
       const stroke = colour(index), own = { label: name, stroke, width: 1.5, dash: DASHES[dash(index)] };
       series.push({ ...own, points: { show: points <= 60, size: 5, fill: stroke } });
-      if (this.banded(curve)) {
+      if (this.banded[i]) {
         const edge = { stroke: "transparent", width: 0, points: { show: false } };
         series.push({ ...edge }, { ...edge });
         bands.push({ series: [series.length - 1, series.length - 2], fill: `${stroke}38` });
       }
-    }
+    });
     const axis = { stroke: css("--soft"), font: "11px system-ui", grid: { stroke: css("--grid"), width: 1 },
       ticks: { stroke: css("--grid"), width: 1 }, values: (u, splits) => splits.map((at) => (at === null ? "" : short(at))) };
     return {
       width: this.plot.clientWidth || 480, height: HEIGHT, legend: { show: false }, series, bands,
-      scales: { x: { time: false }, y: { distr: this.log ? 3 : 1 } },
-      axes: [{ ...axis, incrs: [1, 2, 5].flatMap((n) => [...Array(9).keys()].map((p) => n * 10 ** p)).sort((a, b) => a - b) },
+      scales: { x: { time: false, range: () => [seen().min, seen().max] }, y: { distr: this.log ? 3 : 1 } },
+      axes: [{ ...axis, incrs: [1, 2, 5].flatMap((n) => [...Array(9).keys()].map((p) => n * 10 ** p)).sort((a, b) => a - b), size: 30 },
         { ...axis, size: 58 }],
-      cursor: { sync: { key: "steps" }, points: { show: false }, y: false, drag: { x: true, y: false, setScale: false },
+      cursor: { sync: { key: "steps", scales: ["x", null] }, points: { show: false }, y: false, drag: { x: true, y: false, setScale: false },
         bind: { dblclick: () => () => zoomTo(null) } },
       hooks: {
         setCursor: [(u) => this.tell(u.cursor.idx)],
@@ -147,8 +176,8 @@ class Chart {
     if (place === null || place === undefined || place >= steps.length) return;
     const step = steps[place], parts = [];
     this.readout.replaceChildren(`step ${step.toLocaleString("en")} `);
-    for (const { name, index, curve } of this.runs) {
-      const at = last(curve.x, step);
+    for (const [i, { name, index }] of this.runs.entries()) {
+      const curve = this.drawn[i], at = last(curve.x, step);
       if (at < 0) continue;
       const range = curve.low && curve.low[at] !== curve.high[at] ? ` (${number(curve.low[at])} to ${number(curve.high[at])})` : "";
       parts.push(`${name} ${number(curve.mean[at])}${range}`);
@@ -166,7 +195,7 @@ class Chart {
     if (event.key === "Escape") zoomTo(null);
     else if (event.key === "+" || event.key === "-") {
       const { min, max } = this.u.scales.x, half = ((max - min) / 2) * (event.key === "+" ? 0.5 : 2);
-      zoomTo({ min: Math.max(steps[now] - half, steps[0]), max: Math.min(steps[now] + half, steps[end]) });
+      zoomTo({ min: steps[now] - half, max: steps[now] + half });
     } else if (to !== undefined) {
       const place = Math.max(0, Math.min(to, end));
       this.u.setCursor({ left: this.u.valToPos(steps[place], "x"), top: 1 });
@@ -198,14 +227,4 @@ function table(columns, rows, caption) {
   const head = el("tr", {}, ...columns.map((name) => el("th", { scope: "col" }, name)));
   const body = rows.map((row) => el("tr", {}, ...row.map((cell, i) => el(i ? "td" : "th", i ? {} : { scope: "row" }, cell))));
   return el("table", {}, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body));
-}
-
-let zoom = null;
-function zoomTo(range) {
-  zoom = range && range.max > range.min ? range : null;
-  for (const chart of charts.values()) {
-    if (!chart.u) continue;
-    const steps = chart.u.data[0];
-    chart.u.setScale("x", zoom || { min: steps[0], max: steps[steps.length - 1] });
-  }
 }

@@ -22,29 +22,36 @@ function verdicts(runs) {
     const { state, tone, sentence, notes } = run.verdict;
     const list = notes.length ? el("ul", {}, ...notes.map((note) => el("li", {}, note))) : el("p", {}, "Nothing else asks for a look.");
     const facts = run.facts.flatMap(([what, value]) => [el("dt", {}, what), el("dd", {}, value)]);
-    return el("article", { class: "card" }, heading(run), el("p", {}, el("span", { class: `state ${tone}` }, state), ` - ${sentence}`),
+    return el("article", { class: "card" }, heading(run), el("p", {}, el("span", { class: `state ${tone}` }, state), `: ${sentence}`),
       list, el("dl", {}, ...facts));
   }));
 }
 
 const PLACED = ["train/loss", "eval/", "train/", "optim/", "throughput/", "time/", "data/", "memory/", "checkpoint/"];
+const OPEN = PLACED.indexOf("checkpoint/"); // these and what is not listed are folded away
 function rank(name) {
   const place = PLACED.findIndex((prefix) => name.startsWith(prefix));
   return place < 0 ? PLACED.length : place;
 }
 
 function curves(runs) {
-  const names = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))];
+  const names = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))], place = byId("charts");
   names.sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
+  bounds.last = Math.max(1, ...runs.flatMap((run) => Object.values(run.curves).map((curve) => curve.x[curve.x.length - 1])));
   for (const name of names) if (!charts.has(name)) charts.set(name, new Chart(name));
-  const place = byId("charts");
-  if (place.key !== names.join("\n")) {
-    place.key = names.join("\n");
-    place.replaceChildren(...names.map((name) => charts.get(name).figure));
-  }
+  fill(place, names, () => {
+    const folded = new Map(), figures = (some) => some.map((name) => charts.get(name).figure);
+    for (const name of names.filter((name) => rank(name) >= OPEN)) {
+      const group = name.split("/")[0];
+      folded.set(group, [...(folded.get(group) || []), name]);
+    }
+    const groups = [...folded].map(([group, own]) => el("details", {}, el("summary", {}, `${group}: ${own.length} more`),
+      el("div", { class: "grid" }, ...figures(own))));
+    return [el("div", { class: "grid" }, ...figures(names.filter((name) => rank(name) < OPEN))), ...groups];
+  });
   for (const name of names) {
     const own = runs.filter((run) => run.curves[name]);
-    charts.get(name).update(own.map((run) => ({ name: run.name, index: run.index, curve: run.curves[name] })));
+    charts.get(name).update(own.map((run) => ({ name: run.name, index: run.index, curve: run.curves[name], width: run.width })));
   }
 }
 
@@ -69,7 +76,7 @@ function timeline(runs) {
     const rows = attempts.map((span) => [String(span.number), when(span.begin), when(span.end), String(span.workers || 1),
       span.first === null ? "-" : String(span.first), String(span.last), span.outcome || "-"]);
     return [heading(run), el("div", { class: "line", role: "img", "aria-label": label }, ...bars, ...ticks),
-      el("p", { class: "hint" }, `Above the attempts, striped if lost; below green checkpoints, grey evaluations, others are warnings. ${when(begin)} to ${when(end)}.`),
+      el("p", { class: "hint" }, `${when(begin)} to ${when(end)}`),
       el("details", {}, el("summary", {}, `${attempts.length} attempt${attempts.length > 1 ? "s" : ""} as a table`),
         el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `attempts of ${run.name}` },
           table(["attempt", "begin", "last heard", "workers", "from step", "to step", "outcome"], rows, "attempts")))];
