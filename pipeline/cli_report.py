@@ -22,7 +22,7 @@ def report(
     from pipeline import terminal
     from pipeline.run import open_run
 
-    folders = [open_run(run).folder for run in runs]
+    folders = list(dict.fromkeys(open_run(run).folder for run in runs))
     from pipeline.track.page import document
 
     size = document.write(folders, out)
@@ -45,7 +45,8 @@ def dashboard(
     server = Server(folder, host, port)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        terminal.say(f"{folder}: {len(server.shelf.runs)} runs at {server.url} (Ctrl-C ends it)", "bold")
+        count = len(server.shelf.runs)
+        terminal.say(f"{folder}: {count} run{'s' * (count != 1)} at {server.url} (Ctrl-C ends it)", "bold")
         if not server.loopback:
             terminal.warn("everybody who reaches this address may read these runs; there is no password")
         server.serve_forever(poll_interval=0.1)

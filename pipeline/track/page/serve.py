@@ -14,6 +14,7 @@ What it gives up: no password and no encryption. On another address than loopbac
 from __future__ import annotations
 
 import ipaddress
+import socket
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -79,12 +80,13 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.shelf = Shelf(folder)
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            mend = "choose another with --port, 0 for any" if error.errno else "see --host"
+            mend = "choose another port with --port, 0 for any, or another address with --host"
             raise RunError(f"{host}:{port} cannot be served: {error.strerror or error}; {mend}") from error
-        self.shelf = Shelf(folder)
         told = {"live": True, "title": self.shelf.folder.name, "list": [], "runs": []}
         page, policy = document.document(f"{self.shelf.folder.name} - millstream", told, "'self'")
         self.page, self.policy = page.encode(), f"{policy}; frame-ancestors 'none'"
@@ -92,9 +94,10 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://{self.server_address[0]}:{self.server_address[1]}/"
+        host, port = self.server_address[:2]
+        return f"http://[{host!s}]:{port}/" if ":" in str(host) else f"http://{host!s}:{port}/"
 
-    def server_close(self) -> None:
+    def server_close(self) -> None:  # also called by the constructor when the port cannot be had
         super().server_close()
         self.shelf.close()
 
