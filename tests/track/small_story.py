@@ -37,6 +37,9 @@ def run_folder(folder: Path, steps: int, **changes: Any) -> Path:
     return folder
 
 
+_NONE: Mapping[str, float | None] = {}
+
+
 class Story:
     """Writes what happens in a run; `now` is its clock, in seconds since 1970."""
 
@@ -55,8 +58,8 @@ class Story:
         else:
             self.write("start", step=0, parameters=1_234_567, notes=[], data="5,000 samples", window_bytes=4e6)
 
-    def steps(self, begin: int, end: int, seconds: float = 0.5, **metrics: float | None) -> None:
-        """Steps with a loss that falls, evaluated and saved every 100."""
+    def steps(self, begin: int, end: int, seconds: float = 0.5, metrics: Mapping[str, float | None] = _NONE) -> None:
+        """Steps with a loss that falls, evaluated and saved every 100; `metrics` are laid over theirs."""
         written: list[Record] = []
         for step in range(begin, end):
             self.now += seconds
@@ -111,7 +114,7 @@ def killed_once(folder: Path, seed: int = 0) -> Path:
     story.begin(300)
     story.steps(300, 420)
     story.write("skip", step=420, rank=0, reason="loss or gradient not finite")
-    story.steps(420, 421, **{"train/loss": None})
+    story.steps(420, 421, metrics={"train/loss": None})
     story.steps(421, 600)
     story.write("warning", message="cut a torn line of 20 bytes from the end of journal.jsonl, left by a kill")
     story.write("time", ranks=RANKS)

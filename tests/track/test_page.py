@@ -38,7 +38,7 @@ def evil(folder: Path) -> Path:
     run = run_folder(folder / EVIL.replace("/", "|"), 10, evaluate={"best": EVIL, "mode": EVIL}, note={EVIL: EVIL})
     story = Story(run)
     story.begin(0)
-    story.steps(0, 10, **{f"train/{EVIL}": 1.0})
+    story.steps(0, 10, metrics={f"train/{EVIL}": 1.0})
     story.write("evaluation", step=10, metrics={f"eval/{EVIL}": 0.5}, seconds=1.0)
     story.write("warning", message=EVIL)
     story.write(EVIL, message=EVIL)

@@ -176,7 +176,7 @@ def test_verdicts(tmp_path: Path) -> None:
 
     story = Story(run_folder(tmp_path / "open", 1000))
     story.begin(0)
-    story.steps(0, 200, seconds=3.0, **{"data/wait_seconds": 1.0})
+    story.steps(0, 200, seconds=3.0, metrics={"data/wait_seconds": 1.0})
     reading = Reading(story.folder).all()
     assert verdict.judge(reading, None).state == "interrupted"
     training = verdict.judge(reading, "process 7 on here")

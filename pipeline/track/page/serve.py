@@ -90,7 +90,7 @@ class Server(ThreadingHTTPServer):
         told = {"live": True, "title": self.shelf.folder.name, "list": [], "runs": []}
         page, policy = document.document(f"{self.shelf.folder.name} - millstream", told, "'self'")
         self.page, self.policy = page.encode(), f"{policy}; frame-ancestors 'none'"
-        self.loopback = ipaddress.ip_address(self.server_address[0]).is_loopback
+        self.loopback = ipaddress.ip_address(str(self.server_address[0])).is_loopback
 
     @property
     def url(self) -> str:

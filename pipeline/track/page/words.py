@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TONES: dict[str, str] = dict.fromkeys(("failure", "error", "stall", "save_failed"), "bad") | dict.fromkeys(
-    ("warning", "skip", "substitute", "recompute", "resize", "upload_failed", "upload_pending", "rollback"), "warn"
-)
+BAD = ("failure", "error", "stall", "save_failed")
+WARN = ("warning", "skip", "substitute", "recompute", "resize", "upload_failed", "upload_pending", "rollback")
+TONES = {**{kind: "bad" for kind in BAD}, **{kind: "warn" for kind in WARN}}
 _HEAD = ("v", "attempt", "seq", "time", "kind", "step", "crc", "metrics", "traceback", "stacks", "exit_code")
 
 
