@@ -33,7 +33,13 @@ from pipeline.track import goodput, journal
 READ_BYTES = 4 << 20  # at a time; other threads look in between
 DETAIL = 4000  # characters of a traceback that are kept
 _BEGIN = ("start", "restore")
-NUMBERS = ("step", "evaluation", "save", "time")  # kinds that come by the thousand and are no event to read about
+NUMBERS = (
+    "step",
+    "evaluation",
+    "save",
+    "time",
+    "health",
+)  # kinds that come by the thousand and are no event to read about
 
 
 class Curve:
@@ -85,7 +91,7 @@ class Span:
 
 
 class Spent:
-    """Seconds of all steps of one attempt, also of those that were done again."""
+    """Seconds of the steps of one attempt since it last began or went back."""
 
     def __init__(self) -> None:
         self.steps, self.times = array("q"), array("d")
@@ -99,14 +105,14 @@ class Spent:
         self.seconds.append(seconds)
         self.waited.append(min(metrics.get("data/wait_seconds") or 0.0, seconds))
 
-    def records(self, cuts: list[int]) -> Iterator[dict[str, Any]]:
-        """One record for all steps between two of the rising `cuts`, their seconds added up."""
-        places = np.searchsorted(cuts, np.array(self.steps), side="right")
-        seconds, waited = (np.bincount(places, np.array(each)) for each in (self.seconds, self.waited))
-        for place in np.unique(places):
-            step = int(np.min(np.array(self.steps)[places == place]))
-            metrics = {"time/step_seconds": float(seconds[place]), "data/wait_seconds": float(waited[place])}
-            yield {"kind": "step", "step": step, "time": max(self.times), "metrics": metrics}
+    def records(self, cuts: list[int], noted: float) -> Iterator[dict[str, Any]]:
+        """One record for all steps between two of the rising `cuts`, up to the time `noted` or after it."""
+        steps, times, seconds, waited = map(np.array, (self.steps, self.times, self.seconds, self.waited))
+        part = 2 * np.searchsorted(cuts, steps, side="right") + (times > noted)
+        begins = np.flatnonzero(np.diff(part, prepend=-1))  # steps and times rise, so a part lies in one piece
+        for begin, end in zip(begins, [*begins[1:], len(steps)]):
+            metrics = {"time/step_seconds": seconds[begin:end].sum(), "data/wait_seconds": waited[begin:end].sum()}
+            yield {"kind": "step", "step": int(steps[begin]), "time": float(times[end - 1]), "metrics": metrics}
 
 
 class Reading:
@@ -135,7 +141,7 @@ class Reading:
         self.counts: Counter[str] = Counter()
         self.ranks: Mapping[str, Mapping[str, float]] = {}
         self.heard: float | None = None
-        self._spent: dict[int, Spent] = {}
+        self._ledger: dict[int, list[dict[str, Any] | Spent]] = {}
         self._times: dict[int, Mapping[str, Any]] = {}
         self._shares: tuple[int, dict[str, float]] = (0, {})
 
@@ -175,18 +181,16 @@ class Reading:
         if self._shares[0] == self.position:
             return self._shares[1]
         records: list[Mapping[str, Any]] = []
-        rare: dict[int, list[dict[str, Any]]] = {}
-        for record in self.events:
-            rare.setdefault(record["attempt"], []).append(record)
-        resumed = [(record["attempt"], record["step"]) for record in self.events if record["kind"] in _BEGIN]
+        cuts = sorted({record["step"] for record in self.events if record["kind"] in _BEGIN})
         for span in self.spans:
-            number = {"attempt": span.number}
+            number, time = {"attempt": span.number}, self._times.get(span.number)
             records.append({"kind": "first", "time": span.begin} | number)
-            records += rare.get(span.number, [])
-            records += [self._times[span.number]] if span.number in self._times else []
-            cuts = sorted({step for attempt, step in resumed if attempt > span.number})
-            spent = self._spent.get(span.number)
-            records += [record | number for record in spent.records(cuts)] if spent else []
+            for item in self._ledger[span.number]:
+                if isinstance(item, Spent):
+                    records += [record | number for record in item.records(cuts, time["time"] if time else -math.inf)]
+                else:
+                    records.append(item)
+            records += [time] if time else []
             records.append({"kind": "last", "time": span.end} | number)
         self._shares = self.position, goodput.shares(records)
         return self._shares[1]
@@ -216,17 +220,15 @@ class Reading:
         self.counts[kind] += 1
         span = self._span(record)
         if kind == "step":
-            for name, value in record["metrics"].items():
-                _curve(self.done, name).put(record["step"], value)
-            self._spent.setdefault(span.number, Spent()).add(record)
+            own = self._ledger[span.number]
+            if not own or not isinstance(own[-1], Spent):
+                own.append(Spent())
+            own[-1].add(record)
             self.last_step = span.last = record["step"] + 1
-            return
-        if kind in _BEGIN:
-            span.first = record["step"]
+        elif kind in _BEGIN:
+            span.first = record["step"] if span.first is None else span.first
             self._rewind(record["step"])
         elif kind in ("evaluation", "save"):
-            for name, value in record["metrics"].items():
-                _curve(self.after, name).put(record["step"], value)
             self.marks.append((record["time"], kind, record["step"]))
         elif kind == "time":
             self._times[span.number] = record
@@ -234,15 +236,21 @@ class Reading:
         elif kind == "end":
             span.outcome = str(record["reason"])
         elif kind == "failure":
-            span.outcome = str(record["message"]).partition("\n")[0]
+            span.outcome = str(record.get("message")).partition("\n")[0]
+        if "metrics" in record:
+            curves = self.after if kind in ("evaluation", "save") else self.done
+            for name, value in record["metrics"].items():
+                _curve(curves, name).put(record["step"], value)
         if kind not in NUMBERS:
             self.events.append({key: _short(value) for key, value in record.items()})
+            self._ledger[span.number].append(self.events[-1])
 
     def _span(self, record: Mapping[str, Any]) -> Span:
         """The span of the record's attempt, up to its time."""
         now = record["time"]
         if not self.spans or record["attempt"] != self.spans[-1].number:
             self.spans.append(Span(record["attempt"], now, now, 0, self.last_step))
+            self._ledger[record["attempt"]] = []
             self.ranks = {}
         span = self.spans[-1]
         span.end = max(span.end, now)

@@ -148,9 +148,9 @@ def _notes(reading: Reading) -> list[str]:
                 f"{score.name} was best at step {score.step:,}, {since} evaluations ago; now it is "
                 f"{number(score.last)}. Does it fit the training data too closely?"
             )
-    survived = [record for record in reading.events if record["kind"] == "failure" and record["exit_code"] is None]
+    survived = [record for record in reading.events if record["kind"] == "failure" and record.get("exit_code") is None]
     if survived:
-        reason = str(survived[-1]["message"]).partition("\n")[0]
+        reason = str(survived[-1].get("message")).partition("\n")[0]
         notes.append(f"{_many(len(survived), 'attempt')} failed and the run went on; the last: {reason}")
     if told := [_many(counts[kind], what) for kind, what in _COUNTED.items() if counts[kind]]:
         notes.append(f"Events tell of {', '.join(told)}.")

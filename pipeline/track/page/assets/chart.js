@@ -137,7 +137,7 @@ class Chart {
     }
     this.plot.setAttribute("aria-valuemin", steps[0]);
     this.plot.setAttribute("aria-valuemax", steps[steps.length - 1]);
-    this.tell(last(steps, seen().max));
+    this.tell();
   }
 
   options(points) {
@@ -161,7 +161,7 @@ class Chart {
       cursor: { sync: { key: "steps", scales: ["x", null] }, points: { show: false }, y: false, drag: { x: true, y: false, setScale: false },
         bind: { dblclick: () => () => zoomTo(null) } },
       hooks: {
-        setCursor: [(u) => this.tell(u.cursor.idx)],
+        setCursor: [(u) => this.point(u.cursor.idx)],
         setSelect: [(u) => {
           if (u.select.width < 4) return;
           zoomTo({ min: u.posToVal(u.select.left, "x"), max: u.posToVal(u.select.left + u.select.width, "x") });
@@ -171,10 +171,18 @@ class Chart {
     };
   }
 
-  tell(place) { // what the runs have at a place of the plot
-    const steps = this.u ? this.u.data[0] : [];
-    if (place === null || place === undefined || place >= steps.length) return;
-    const step = steps[place], parts = [];
+  point(place) { // at a place of the plot, at the end of what is seen without one
+    this.step = place === null || place === undefined ? undefined : this.u.data[0][place];
+    this.tell();
+  }
+
+  place() {
+    return Math.max(0, last(this.u.data[0], this.step ?? seen().max));
+  }
+
+  tell() { // what the runs have at the step that is pointed at
+    if (!this.u) return;
+    const step = this.u.data[0][this.place()], parts = [];
     this.readout.replaceChildren(`step ${step.toLocaleString("en")} `);
     for (const [i, { name, index }] of this.runs.entries()) {
       const curve = this.drawn[i], at = last(curve.x, step);
@@ -186,11 +194,10 @@ class Chart {
     if (parts.length > BANDS) this.readout.append(` and ${parts.length - BANDS} more`);
     this.plot.setAttribute("aria-valuenow", step);
     this.plot.setAttribute("aria-valuetext", `step ${step}: ${parts.slice(0, BANDS).join("; ")}`);
-    this.place = place;
   }
 
   key(event) {
-    const steps = this.u.data[0], by = event.shiftKey ? 10 : 1, end = steps.length - 1, now = Math.min(this.place ?? end, end);
+    const steps = this.u.data[0], by = event.shiftKey ? 10 : 1, end = steps.length - 1, now = this.place();
     const to = { ArrowLeft: now - by, ArrowDown: now - by, ArrowRight: now + by, ArrowUp: now + by, Home: 0, End: end }[event.key];
     if (event.key === "Escape") zoomTo(null);
     else if (event.key === "+" || event.key === "-") {
@@ -199,7 +206,7 @@ class Chart {
     } else if (to !== undefined) {
       const place = Math.max(0, Math.min(to, end));
       this.u.setCursor({ left: this.u.valToPos(steps[place], "x"), top: 1 });
-      this.tell(place);
+      this.point(place);
     } else return;
     event.preventDefault();
   }
