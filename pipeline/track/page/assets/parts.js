@@ -45,7 +45,8 @@ function curves(runs) {
       const group = name.split("/")[0];
       folded.set(group, [...(folded.get(group) || []), name]);
     }
-    const groups = [...folded].map(([group, own]) => el("details", {}, el("summary", {}, `${group}: ${own.length} more`),
+    const unfold = (own) => () => own.forEach((name) => charts.get(name).draw());
+    const groups = [...folded].map(([group, own]) => el("details", { toggle: unfold(own) }, el("summary", {}, `${group}: ${own.length} more`),
       el("div", { class: "grid" }, ...figures(own))));
     return [el("div", { class: "grid" }, ...figures(names.filter((name) => rank(name) < OPEN))), ...groups];
   });
