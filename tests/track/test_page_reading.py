@@ -14,7 +14,7 @@ from pipeline.cluster.driver import CRASH_LOOP, after
 from pipeline.cluster.failure import Failure
 from pipeline.config import Config
 from pipeline.track import goodput, journal
-from pipeline.track.page import verdict
+from pipeline.track.page import model, verdict
 from pipeline.track.page.reading import Reading
 from pipeline.track.page.thin import ALL_POINTS, LEAST_POINTS, POINTS, extremes, thin, width_for
 from tests.track.small_story import BEGAN, RANKS, Story, crash_loop, killed_once, run_folder
@@ -187,6 +187,29 @@ def test_verdicts(tmp_path: Path) -> None:
         assert verdict.judge(Reading(story.folder).all(), None).state == state
     story.write("end", reason="stopped", step=200)
     assert verdict.judge(Reading(story.folder).all(), None).state == "stopped"
+
+
+def test_the_pace_of_every_rank_is_shown_when_it_is_recorded(tmp_path: Path) -> None:
+    story = Story(run_folder(tmp_path / "run", 1000))
+    story.begin(0, workers=4)
+    story.steps(0, 50)
+    story.write("pace", step=19, steps=20, seconds=1.0, compute=[0.3, 0.3, 0.3, 0.3], data=[0.1, 0.1, 0.1, 0.1])
+    story.write("pace", step=39, steps=20, seconds=1.0, compute=[0.3, 0.3, 0.6, 0.3], data=[0.1, 0.4, 0.1, 0.1])
+    reading = Reading(story.folder).all()
+    assert list(reading.done["pace/slowest_compute"].values) == pytest.approx([1.0, 2.0])
+    assert list(reading.done["pace/slowest_data_share"].values) == pytest.approx([0.0, 0.3])
+    assert "Worker 2 is slow: 2.00 times" in " ".join(verdict.judge(reading, None).notes)
+    ranks = model.run("run", reading, 1)["ranks"]
+    assert ranks["1"] == {"computes": 0.3, "waits": 0.4} and list(ranks) == ["0", "1", "2", "3"]
+
+
+def test_going_back_within_an_attempt_cuts_too(tmp_path: Path) -> None:
+    story = Story(run_folder(tmp_path / "run", 1000))
+    story.begin(0)
+    story.steps(0, 50)
+    story.write("rollback", step=40, last=49, from_step=50, to_step=30, number=1, message="gone back")
+    reading = Reading(story.folder).all()
+    assert list(reading.done["train/loss"].steps) == list(range(40)) and reading.last_step == 40
 
 
 def test_an_old_best_is_worth_a_look(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from pipeline.track.page.thin import extremes, thin
 
 CURVES = 96  # of one run; further ones (norms of hundreds of layers) are counted, not sent
 EVENTS = 500  # the newest
+RANKS = 256
 MARKS = 400  # of a kind on a timeline; no screen shows more
-FIRST = ("train/loss", "eval/", "train/", "optim/", "throughput/", "time/", "data/", "memory/", "checkpoint/")
+FIRST = ("train/loss", "eval/", "train/", "optim/", "throughput/", "time/", "data/", "pace/", "memory/", "checkpoint/")
 
 
 def row(name: str, reading: Reading, size: int) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def run(
             "attempts": [_span(reading, number) for number in range(len(reading.spans))],
             "marks": _marks(reading),
             "goodput": {kind: _number(share) for kind, share in reading.shares().items()},
-            "ranks": {rank: _rounded(spent) for rank, spent in reading.ranks.items()},
+            "ranks": dict(_ranks(reading)),
             "events": [_event(record) for record in reading.events[events:]],
             "event_count": len(reading.events),
             "config": dict(_leaves(reading.config)),
@@ -200,6 +201,20 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 def _rank(name: str) -> tuple[int, str]:
     """Where a curve stands on the page."""
     return next((place for place, prefix in enumerate(FIRST) if name.startswith(prefix)), len(FIRST)), name
+
+
+def _ranks(reading: Reading) -> Iterable[tuple[str, dict[str, float | None]]]:
+    """(rank, seconds by phase, and a step's own seconds of late); of very many those that compute longest."""
+    pace: Mapping[str, Mapping[str, float]] = {
+        name: {str(rank): seconds for rank, seconds in enumerate(reading.pace.get(key) or ())}
+        for name, key in (("computes", "compute"), ("waits", "data"))
+    }
+    ranks = [*dict.fromkeys([*reading.ranks, *pace["computes"]])]
+    if len(ranks) > RANKS:
+        ranks.sort(key=lambda rank: -pace["computes"].get(rank, reading.ranks.get(rank, {}).get("forward") or 0.0))
+    for rank in ranks[:RANKS]:
+        own = {name: seconds[rank] for name, seconds in pace.items() if rank in seconds}
+        yield rank, _rounded({**own, **reading.ranks.get(rank, {})})
 
 
 def _rounded(spent: Mapping[str, Any]) -> dict[str, float | None]:

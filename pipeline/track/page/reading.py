@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import math
 import threading
-from array import array
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 try:
@@ -29,49 +26,12 @@ except ImportError:
     from yaml import SafeLoader as Loader
 
 from pipeline.track import goodput, journal
+from pipeline.track.page.columns import Curve, Spent
 
 READ_BYTES = 4 << 20  # at a time; other threads look in between
 DETAIL = 4000  # characters of a traceback that are kept
-_BEGIN = ("start", "restore")
-NUMBERS = (
-    "step",
-    "evaluation",
-    "save",
-    "time",
-    "health",
-)  # kinds that come by the thousand and are no event to read about
-
-
-class Curve:
-    """One metric: steps, rising, and their values; one that was not finite is nan."""
-
-    __slots__ = ("steps", "values")
-
-    def __init__(self) -> None:
-        self.steps, self.values = array("q"), array("d")
-
-    def put(self, step: int, value: float | None) -> None:
-        """The newest value of a step."""
-        steps, number = self.steps, math.nan if value is None else value
-        if not steps or step > steps[-1]:
-            steps.append(step)
-            self.values.append(number)
-            return
-        place = bisect_left(steps, step)
-        if steps[place] == step:
-            self.values[place] = number
-        else:
-            steps.insert(place, step)
-            self.values.insert(place, number)
-
-    def cut(self, step: int) -> None:
-        """Forget `step` and what comes after it."""
-        place = bisect_left(self.steps, step)
-        del self.steps[place:], self.values[place:]
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(int64[n] steps, float64[n] values), copies."""
-        return np.array(self.steps, np.int64), np.array(self.values, np.float64)
+_BEGIN = ("start", "restore", "rollback")  # after whose `step` steps the run goes on
+NUMBERS = ("step", "evaluation", "save", "time", "health", "pace")  # kinds that come by the thousand: no events
 
 
 @dataclass(slots=True)
@@ -90,37 +50,13 @@ class Span:
     outcome: str = ""
 
 
-class Spent:
-    """Seconds of the steps of one attempt since it last began or went back."""
-
-    def __init__(self) -> None:
-        self.steps, self.times = array("q"), array("d")
-        self.seconds, self.waited = array("d"), array("d")
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        metrics = record["metrics"]
-        seconds = metrics.get("time/step_seconds") or 0.0
-        self.steps.append(record["step"])
-        self.times.append(record["time"])
-        self.seconds.append(seconds)
-        self.waited.append(min(metrics.get("data/wait_seconds") or 0.0, seconds))
-
-    def records(self, cuts: list[int], noted: float) -> Iterator[dict[str, Any]]:
-        """One record for all steps between two of the rising `cuts`, up to the time `noted` or after it."""
-        steps, times, seconds, waited = map(np.array, (self.steps, self.times, self.seconds, self.waited))
-        part = 2 * np.searchsorted(cuts, steps, side="right") + (times > noted)
-        begins = np.flatnonzero(np.diff(part, prepend=-1))  # steps and times rise, so a part lies in one piece
-        for begin, end in zip(begins, [*begins[1:], len(steps)]):
-            metrics = {"time/step_seconds": seconds[begin:end].sum(), "data/wait_seconds": waited[begin:end].sum()}
-            yield {"kind": "step", "step": int(steps[begin]), "time": float(times[end - 1]), "metrics": metrics}
-
-
 class Reading:
     """What the journal of the run in `folder` has said so far. `lock` is held by who looks at it while it grows.
 
     done: curves by name that stand at a step's own number.  after: those that stand at the number of steps done.
     events: rare records in order, texts shortened.  marks: (time, kind, step) of evaluations and saves that count.
-    ranks: {rank: {phase: seconds}} of the newest attempt.  generation: counts what made earlier points invalid.
+    ranks: {rank: {phase: seconds}} of the newest attempt.  pace: its last record of every rank's pace.
+    generation: counts what made earlier points invalid.
     damaged: lines that could not be read.  heard: time of the last record.
     """
 
@@ -140,6 +76,7 @@ class Reading:
         self.marks: list[tuple[float, str, int]] = []
         self.counts: Counter[str] = Counter()
         self.ranks: Mapping[str, Mapping[str, float]] = {}
+        self.pace: Mapping[str, Any] = {}
         self.heard: float | None = None
         self._ledger: dict[int, list[dict[str, Any] | Spent]] = {}
         self._times: dict[int, Mapping[str, Any]] = {}
@@ -233,6 +170,9 @@ class Reading:
         elif kind == "time":
             self._times[span.number] = record
             self.ranks = record["ranks"]
+        elif kind == "pace":
+            self.pace = record
+            record = record | {"metrics": _spread(record)}
         elif kind == "end":
             span.outcome = str(record["reason"])
         elif kind == "failure":
@@ -251,7 +191,7 @@ class Reading:
         if not self.spans or record["attempt"] != self.spans[-1].number:
             self.spans.append(Span(record["attempt"], now, now, 0, self.last_step))
             self._ledger[record["attempt"]] = []
-            self.ranks = {}
+            self.ranks, self.pace = {}, {}
         span = self.spans[-1]
         span.end = max(span.end, now)
         if record["kind"] == "attempt":
@@ -275,6 +215,16 @@ def _curve(curves: dict[str, Curve], name: str) -> Curve:
     if found is None:
         found = curves[name] = Curve()
     return found
+
+
+def _spread(pace: Mapping[str, Any]) -> dict[str, float | None]:
+    """How far the slowest rank is from the median one: times its computing, and in waiting what share of a step."""
+    compute, data = (sorted(pace.get(what) or [0.0]) for what in ("compute", "data"))
+    middle, usual = compute[len(compute) // 2], pace.get("seconds")
+    return {
+        "pace/slowest_compute": compute[-1] / middle if middle else None,
+        "pace/slowest_data_share": (data[-1] - data[len(data) // 2]) / usual if usual else None,
+    }
 
 
 def _short(value: Any) -> Any:

@@ -6,14 +6,14 @@ elsewhere. What it gives up: the limits beyond which something is worth a look a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.track import journal
-from pipeline.track.page.reading import Curve, Reading
+from pipeline.track.page.columns import Curve
+from pipeline.track.page.reading import Reading
 from pipeline.track.page.thin import extremes
 from pipeline.track.page.words import duration, number
 
@@ -154,7 +154,7 @@ def _notes(reading: Reading) -> list[str]:
         notes.append(f"{_many(len(survived), 'attempt')} failed and the run went on; the last: {reason}")
     if told := [_many(counts[kind], what) for kind, what in _COUNTED.items() if counts[kind]]:
         notes.append(f"Events tell of {', '.join(told)}.")
-    if slow := _slowest(reading.ranks):
+    if slow := _slowest(reading):
         notes.append(slow)
     if reading.damaged:
         notes.append(f"The journal has {_many(reading.damaged, 'damaged line')}, passed over here.")
@@ -163,9 +163,11 @@ def _notes(reading: Reading) -> list[str]:
 
 _COUNTED = {
     "skip": "skipped step",
+    "spike": "spike",
     "rollback": "roll-back",
     "substitute": "replaced sample",
     "stall": "stalled worker",
+    "slow": "slow worker or shard",
     "save_failed": "unwritten checkpoint",
     "upload_failed": "unsent checkpoint",
     "warning": "warning",
@@ -176,19 +178,15 @@ def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count > 1)}"
 
 
-def own_seconds(spent: Mapping[str, Any]) -> float:
-    """Seconds in which a rank waits for no other: its forward passes. In all other phases of a step there is one
-    collective at least, in which the fast ranks wait for the slow one.
+def _slowest(reading: Reading) -> str | None:
+    """Who computes longer than the rest: by the pace of the last steps, else by all forward passes, in which no rank
+    waits for another (below ZeRO-3). In all other phases of a step there is a collective, where the fast ones wait.
     """
-    return float(spent.get("forward") or 0.0)
-
-
-def _slowest(ranks: Mapping[str, Mapping[str, Any]]) -> str | None:
-    seconds = {rank: own_seconds(spent) for rank, spent in ranks.items()}
-    if len(seconds) < 2 or not (middle := median(seconds.values())):
-        return None
-    rank = max(seconds, key=seconds.__getitem__)
-    if seconds[rank] < UNEVEN * middle:
+    seconds = dict(enumerate(reading.pace.get("compute") or ()))
+    seconds = seconds or {rank: float(spent.get("forward") or 0.0) for rank, spent in reading.ranks.items()}
+    middle = median(seconds.values()) if len(seconds) > 1 else 0.0
+    rank = max(seconds, key=seconds.__getitem__, default=None)
+    if rank is None or not middle or seconds[rank] < UNEVEN * middle:
         return None
     return f"Worker {rank} is slow: {seconds[rank] / middle:.2f} times the median worker's time in forward passes."
 

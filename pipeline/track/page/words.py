@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 BAD = ("failure", "error", "stall", "save_failed")
-WARN = ("warning", "skip", "substitute", "recompute", "resize", "upload_failed", "upload_pending", "rollback")
+WARN = ("warning", "skip", "spike", "rollback", "substitute", "recompute", "slow", "resize")
+WARN += ("upload_failed", "upload_pending")
 TONES = {**{kind: "bad" for kind in BAD}, **{kind: "warn" for kind in WARN}}
 _HEAD = ("v", "attempt", "seq", "time", "kind", "step", "crc", "metrics", "traceback", "stacks", "exit_code")
 

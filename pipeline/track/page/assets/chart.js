@@ -45,6 +45,8 @@ const TITLES = {
   "train/loss": "Training loss", "train/grad_norm": "Gradient norm", "optim/lr": "Learning rate",
   "throughput/samples_per_second": "Samples per second", "throughput/tokens_per_second": "Tokens per second",
   "throughput/mfu": "Model FLOPs utilization", "time/step_seconds": "Seconds per step",
+  "pace/slowest_compute": "Slowest worker's computing, times the median's",
+  "pace/slowest_data_share": "Slowest worker's wait for data beyond the median's, share of a step",
   "data/wait_share": "Share of the step waiting for data", "data/wait_seconds": "Seconds waiting for data",
 };
 

@@ -27,7 +27,7 @@ function verdicts(runs) {
   }));
 }
 
-const PLACED = ["train/loss", "eval/", "train/", "optim/", "throughput/", "time/", "data/", "memory/", "checkpoint/"];
+const PLACED = ["train/loss", "eval/", "train/", "optim/", "throughput/", "time/", "data/", "pace/", "memory/", "checkpoint/"];
 const OPEN = PLACED.indexOf("checkpoint/"); // these and what is not listed are folded away
 function rank(name) {
   const place = PLACED.findIndex((prefix) => name.startsWith(prefix));
@@ -118,6 +118,7 @@ function goodput(runs) {
 }
 
 const PHASES = { data: "data", forward: "useful", backward: "useful", step: "useful", commit: "save", upload: "save", silent: "idle" };
+const A_STEP = { computes: "computes, s a step", waits: "waits for data, s a step" }; // lately
 function ranks(runs) {
   fill(byId("ranks"), runs.map((run) => [run.name, run.index, run.ranks]), () => {
     const own = runs.filter((run) => Object.keys(run.ranks).length);
@@ -125,15 +126,16 @@ function ranks(runs) {
     return own.flatMap((run) => {
       const phases = [...new Set(Object.values(run.ranks).flatMap(Object.keys))];
       const rows = Object.entries(run.ranks).map(([rank, spent]) => {
-        const whole = Object.values(spent).reduce((sum, seconds) => sum + seconds, 0) || 1, shares = {};
+        const shares = {}, whole = Object.entries(spent).reduce((sum, [phase, seconds]) => sum + (phase in A_STEP ? 0 : seconds), 0) || 1;
         for (const [phase, seconds] of Object.entries(spent)) {
+          if (phase in A_STEP) continue;
           const kind = PHASES[phase] || phase;
           shares[kind] = (shares[kind] || 0) + seconds / whole;
         }
         return [`worker ${rank}`, split(shares, `worker ${rank}`), ...phases.map((phase) => number(spent[phase]))];
       });
       return [heading(run), el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `workers of ${run.name}` },
-        table(["worker", "share", ...phases], rows, "seconds in each phase, newest attempt"))];
+        table(["worker", "share", ...phases.map((phase) => A_STEP[phase] || phase)], rows, "seconds in each phase, newest attempt"))];
     });
   });
 }
