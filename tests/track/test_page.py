@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import http.client
 import json
+import os
 import re
 import signal
 import subprocess
@@ -220,3 +221,17 @@ def test_the_report_command(tmp_path: Path) -> None:
     assert told((tmp_path / "report.html").read_text())["runs"][0]["name"] == "digits"
     wrong = subprocess.run([*command[:-2], "runs"], cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 1 and "runs in it: digits" in wrong.stderr
+
+
+def test_the_list_of_runs(tmp_path: Path) -> None:
+    killed_once(tmp_path / "runs" / "digits")
+    run_folder(tmp_path / "runs" / "new", 5)
+    command = [sys.executable, "-m", "pipeline", "runs"]
+    wide = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=wide)
+    shown = done.stdout.splitlines()
+    assert re.match(r"digits +done +600/600 +test/accuracy 0.9552 +1 +\d+% +2023-11-1", shown[1]), shown
+    assert re.match(r"new +not begun +0/5 +- +0 +- +- *$", shown[2]), shown
+    found = json.loads(subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, check=True).stdout)
+    assert [row["name"] for row in found] == ["digits", "new"] and found[0]["best"] == ["test/accuracy", 0.9551916, 600]
+    assert found[1]["heard"] is None and found[1]["best"] is None

@@ -44,7 +44,7 @@ def report(runs: Sequence[Path]) -> str:
         "live": False,
         "made": time.time(),
         "version": __version__,
-        "list": [model.row(name, reading, reading.position) for name, reading in names.items()],
+        "list": [model.listed(name, reading, reading.position) for name, reading in names.items()],
         "runs": [model.run(name, reading, width) for name, reading in names.items()],
     }
     title = next(iter(names)) if len(names) == 1 else f"{len(names)} runs"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cluster import lease
+from pipeline.errors import RunError
 from pipeline.track.page import verdict, words
 from pipeline.track.page.reading import Reading
 from pipeline.track.page.thin import extremes, thin
@@ -27,17 +28,28 @@ MARKS = 400  # of a kind on a timeline; no screen shows more
 FIRST = ("train/loss", "eval/", "train/", "optim/", "throughput/", "time/", "data/", "pace/", "memory/", "checkpoint/")
 
 
-def row(name: str, reading: Reading, size: int) -> dict[str, Any]:
-    """A run in the list. `size`: bytes of its journal, of which a part may have been read so far."""
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The runs in `folder`, the one last heard of first. Raises RunError when there is none."""
+    found = [row(path.parent.name, Reading(path.parent).all()) for path in folder.glob("*/config.yaml")]
+    if not found:
+        raise RunError(f"{folder} holds no runs; `millstream train CONFIG` makes one")
+    return sorted(found, key=lambda row: row["heard"] or 0.0, reverse=True)
+
+
+def row(name: str, reading: Reading) -> dict[str, Any]:
+    """A run in a list.
+
+    state: see verdict.state.  owner: who trains it now.  steps: of the whole run.  best: [metric, value, its step].
+    useful: share of all workers' time.  speed: samples per second, median.  heard: seconds since 1970.
+    """
     with reading.lock:
         owner = lease.owner(reading.folder)
-        found = verdict.state(reading, owner)
         best = next(iter(verdict.scores(reading)), None)
         loss = reading.done.get("train/loss")
         return {
             "name": name,
-            "state": found,
-            "tone": verdict.TONES.get(found, "bad"),
+            "state": verdict.state(reading, owner),
+            "owner": owner,
             "last_step": reading.last_step,
             "steps": reading.planned,
             "loss": _number(loss.values[-1]) if loss and loss.values else None,
@@ -46,9 +58,16 @@ def row(name: str, reading: Reading, size: int) -> dict[str, Any]:
             "useful": _number(reading.shares().get("useful")),
             "speed": _number(verdict.usual(reading.done.get("throughput/samples_per_second"))),
             "heard": reading.heard,
-            "version": f"{reading.generation}.{reading.position}.{found}",
-            "read": round(reading.position / size, 3) if size else 1.0,
         }
+
+
+def listed(name: str, reading: Reading, size: int) -> dict[str, Any]:
+    """A row for the page. read: share of the journal's `size` bytes that it is about.  version: changes with it."""
+    with reading.lock:
+        told = row(name, reading)
+        version = f"{reading.generation}.{reading.position}.{told['state']}"
+        read = round(reading.position / size, 3) if size else 1.0
+    return told | {"tone": verdict.TONES.get(told["state"], "bad"), "version": version, "read": read}
 
 
 def run(

@@ -51,7 +51,7 @@ class Shelf:
     def rows(self) -> list[dict[str, Any]]:
         """The list, the run last heard of first."""
         runs = list(self.runs.items())
-        rows = [model.row(name, reading, _size(reading.folder)) for name, reading in runs]
+        rows = [model.listed(name, reading, _size(reading.folder)) for name, reading in runs]
         return sorted(rows, key=lambda row: row["heard"] or 0.0, reverse=True)
 
     def close(self) -> None:

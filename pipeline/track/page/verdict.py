@@ -57,9 +57,9 @@ def state(reading: Reading, owner: str | None) -> str:
         return "not begun"
     told = (record for record in reversed(reading.events) if record["kind"] in ("attempt", "end", "failure"))
     match next(told, {"kind": "attempt"}):
-        case {"kind": "end", "reason": "done"}:
+        case {"kind": "end", "reason": "done"} if reading.last_step >= (reading.planned or 0):
             return "done"
-        case {"kind": "end"} | {"kind": "failure", "exit_code": 75}:
+        case {"kind": "end", "reason": "done" | "stopped"} | {"kind": "failure", "exit_code": 75}:
             return "stopped"
         case {"kind": "failure", "exit_code": 78}:
             return "refused"
