@@ -8,8 +8,9 @@ over and named.
 
     {"v":1,"attempt":1,"seq":17,"time":1700000000.1,"kind":"step","step":3,"metrics":{"train/loss":2.3},"crc":"8 hex"}
 
-`seq` counts all lines of the file. `time` is for people; order never follows from it. A number that is not finite is
-written as null, since JSON has none. It gives up compactness (about 400 bytes a step) for being readable by anything.
+JOURNAL.md lists the kinds and their fields. `seq` counts all lines of the file. `time` is for people; order never
+follows from it. A number that is not finite is written as null, since JSON has none. It gives up compactness (about
+400 bytes a step) for being readable by anything.
 """
 
 from __future__ import annotations

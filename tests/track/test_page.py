@@ -22,6 +22,7 @@ from pipeline.errors import RunError
 from pipeline.track.page import document, model, words
 from pipeline.track.page.reading import Reading
 from pipeline.track.page.serve import HEADERS, Server
+from tests.test_benchmarks import cells, script
 from tests.track.small_story import Story, crash_loop, killed_once, run_folder
 
 EVIL = "</script><img src=x onerror=alert(1)>\u2028<!-- & \"quoted\" 'single'"
@@ -161,6 +162,7 @@ def test_what_is_not_listed_is_not_there(server: Server, path: str) -> None:
 def test_requests_that_are_refused(server: Server) -> None:
     assert ask(server, "/api/runs", Host="evil.example")[0] == 403
     assert ask(server, "/api/runs", Host="localhost:1")[0] == 200
+    assert ask(server, "/api/runs", Host="[")[0] == 400 and ask(server, "//[", Host="localhost")[0] == 400
     assert ask(server, "/api/runs", "POST")[0] == 501
     assert ask(server, "/api/run?name=digits&width=x")[0] == 400
     for width in ("-5", "0", "3", "1e9", str(10**30)):
@@ -235,3 +237,9 @@ def test_the_list_of_runs(tmp_path: Path) -> None:
     found = json.loads(subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, check=True).stdout)
     assert [row["name"] for row in found] == ["digits", "new"] and found[0]["best"] == ["test/accuracy", 0.9551916, 600]
     assert found[1]["heard"] is None and found[1]["best"] is None
+
+
+def test_the_page_is_measured(tmp_path: Path) -> None:
+    (row, other) = cells(script("page.py", "--size toy", tmp_path))
+    assert (row[0], other[0]) == ("1 x 3,000", "3 x 1,000") and row[5] == "-", "no browser was asked for"
+    assert all(float(cell.split()[0]) > 0 for each in (row, other) for cell in (*each[1:5], *each[6:]))

@@ -166,7 +166,8 @@ def test_keyboard_and_mouse(browser: Browser, file: Path) -> None:
         assert all(abs(low - 150) < 20 for low in seen if low is not None), "all charts show the same steps"
         page.locator(".plot .u-over").first.dblclick()
         assert page.evaluate("zoom") is None
-        page.get_by_role("button", name="logarithmic: train/loss").press("Enter")
+        for button in page.locator("figure .top button:visible").all():
+            button.press("Enter")
         assert page.evaluate("charts.get('train/loss').u.scales.y.distr") == 3
         page.get_by_role("checkbox", name="show broken").uncheck()
         expect(page.locator("#verdict .card")).to_have_count(3)

@@ -104,6 +104,17 @@ def test_damaged_lines_are_counted_and_torn_ends_are_not_there_yet(tmp_path: Pat
     assert reading.advance() and reading.last_step == before + 1
 
 
+def test_records_that_are_not_what_they_should_be_are_counted_and_passed_over(tmp_path: Path) -> None:
+    story = Story(run_folder(tmp_path / "run", 1000))
+    story.begin(0)
+    for wrong in ({}, {"metrics": None}, {"step": "x", "metrics": {"train/loss": 1.0}}):
+        story.write("step", **wrong)
+    story.write("attempt")
+    story.steps(0, 10)
+    reading = Reading(story.folder).all()
+    assert reading.damaged == 4 and reading.last_step == 10
+
+
 def test_a_journal_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     folder = killed_once(tmp_path / "run")
     reading = Reading(folder).all()

@@ -30,6 +30,7 @@ from pipeline.track.page.columns import Curve, Spent
 
 READ_BYTES = 4 << 20  # at a time; other threads look in between
 DETAIL = 4000  # characters of a traceback that are kept
+EACH_RANK = ("skip", "spike")  # written by each rank, but one of them is enough to count
 _BEGIN = ("start", "restore", "rollback")  # after whose `step` steps the run goes on
 NUMBERS = ("step", "evaluation", "save", "time", "health", "pace")  # kinds that come by the thousand: no events
 
@@ -96,10 +97,13 @@ class Reading:
                 self._anew()
             records, position = journal.since(path, self.position, most)
             for record in records:
-                if record is None:
+                try:
+                    if record is None:
+                        self.damaged += 1
+                    elif not self.spans or record["attempt"] >= self.spans[-1].number:  # else it was superseded
+                        self._take(record)
+                except (KeyError, TypeError, ValueError):  # whole, but not what its kind should be
                     self.damaged += 1
-                elif not self.spans or record["attempt"] >= self.spans[-1].number:  # else it was superseded
-                    self._take(record)
             moved, self.position = position > self.position, position
         return moved
 
@@ -154,7 +158,8 @@ class Reading:
     def _take(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
         self.heard = record["time"]
-        self.counts[kind] += 1
+        if kind not in EACH_RANK or record.get("rank", 0) == 0:
+            self.counts[kind] += 1
         span = self._span(record)
         if kind == "step":
             own = self._ledger[span.number]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,6 +98,10 @@ class Server(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://[{host!s}]:{port}/" if ":" in str(host) else f"http://{host!s}:{port}/"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # whoever asked has gone away
+            super().handle_error(request, client_address)
+
     def server_close(self) -> None:  # also called by the constructor when the port cannot be had
         super().server_close()
         self.shelf.close()
@@ -109,10 +114,14 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        if not self._local():
+        try:
+            asked, host = urlsplit(self.path), urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+        except ValueError:
+            self._answer(HTTPStatus.BAD_REQUEST, b"this is no address", "text/plain")
+            return
+        if self.server.loopback and host not in ("localhost", "127.0.0.1", "::1", self.server.server_address[0]):
             self._answer(HTTPStatus.FORBIDDEN, b"ask by the address that the command printed", "text/plain")
             return
-        asked = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(asked.query).items()}
         match asked.path:
             case "/":
@@ -135,11 +144,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the terminal says where the page is, and that is all."""
-
-    def _local(self) -> bool:
-        """Whether the request names this machine, on loopback."""
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
-        return not self.server.loopback or host in ("localhost", "127.0.0.1", "::1", self.server.server_address[0])
 
     def _json(self, told: Any) -> None:
         self._answer(HTTPStatus.OK, model.text(told).encode(), "application/json")

@@ -114,6 +114,7 @@ function join(name, news) { // what is new of a run, to what is known: points fr
 let looking = 0, timer = 0;
 async function look() {
   const mine = ++looking;
+  let fresh = false;
   clearTimeout(timer);
   try {
     list = (await ask("api/runs")).runs;
@@ -128,12 +129,14 @@ async function look() {
       const news = await ask(`api/run?${query}`);
       if (mine !== looking) return; // a newer look is under way
       join(row.name, news);
+      fresh = true;
       versions.set(row.name, row.version);
     }
     for (const name of runs.keys()) if (!chosen.has(name)) runs.delete(name);
     byId("made").textContent = `live, seen at ${when(Date.now() / 1000)}`;
     byId("made").className = "";
-    show();
+    if (fresh) show();
+    else overview();
   } catch (error) {
     byId("made").textContent = `no answer from the server since ${when(Date.now() / 1000)}: ${error.message}; is "millstream dashboard" running?`;
     byId("made").className = "bad";
