@@ -162,7 +162,7 @@ def test_what_is_not_listed_is_not_there(server: Server, path: str) -> None:
 def test_requests_that_are_refused(server: Server) -> None:
     assert ask(server, "/api/runs", Host="evil.example")[0] == 403
     assert ask(server, "/api/runs", Host="localhost:1")[0] == 200
-    assert ask(server, "/api/runs", Host="[")[0] == 400 and ask(server, "//[", Host="localhost")[0] == 400
+    assert ask(server, "/api/runs", Host="[")[0] == 400 and ask(server, "http://[", Host="localhost")[0] == 400
     assert ask(server, "/api/runs", "POST")[0] == 501
     assert ask(server, "/api/run?name=digits&width=x")[0] == 400
     for width in ("-5", "0", "3", "1e9", str(10**30)):

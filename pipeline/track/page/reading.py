@@ -102,7 +102,7 @@ class Reading:
                         self.damaged += 1
                     elif not self.spans or record["attempt"] >= self.spans[-1].number:  # else it was superseded
                         self._take(record)
-                except (KeyError, TypeError, ValueError):  # whole, but not what its kind should be
+                except (AttributeError, KeyError, TypeError, ValueError):  # whole, but not what its kind should be
                     self.damaged += 1
             moved, self.position = position > self.position, position
         return moved
