@@ -22,7 +22,7 @@ from pipeline.track.page import model
 from pipeline.track.page.reading import Reading
 from pipeline.track.page.thin import width_for
 
-SCRIPTS = ("uPlot.iife.min.js", "chart.js", "parts.js", "page.js")
+SCRIPTS = ("uPlot.iife.min.js", "elements.js", "chart.js", "parts.js", "page.js")
 
 
 def write(runs: Sequence[Path], out: Path) -> int:
