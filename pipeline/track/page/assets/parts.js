@@ -264,6 +264,7 @@ function configuration(runs) {
 }
 
 const LISTED = 300;
+const NUMERIC = ["attempt", "step"];
 function events(runs) {
   const many = runs.length > 1,
     wanted = byId("kind").value;
@@ -294,7 +295,15 @@ function events(runs) {
         ),
       );
     return [
-      el("thead", {}, el("tr", {}, ...columns.map((name) => el("th", { scope: "col" }, name)))),
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          ...columns.map((name) => el("th", { scope: "col", class: NUMERIC.includes(name) ? "n" : null }, name)),
+        ),
+      ),
       el("tbody", {}, ...rows),
     ];
   });
