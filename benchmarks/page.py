@@ -162,16 +162,7 @@ def row_of(folder: Path, runs: int, steps: int, browser: str | None) -> list[str
     first = [f"{live['first'][0]:.2f} ({live['first'][1]:.2f})", f"{live['memory'][1]:,.0f}"]
     command = f"{seconds:.2f} ({processor:.2f})"
     answers = [f"{1000 * live[what][0]:,.0f} ({live[what][1] / 1e3:,.1f})" for what in ("list", "news")]
-    return [
-        f"{runs} x {steps:,}",
-        f"{size / 1e6:,.0f}",
-        f"{seconds:.2f}",
-        f"{peak:,.0f}",
-        megabytes,
-        drawn,
-        *first,
-        *answers,
-    ]
+    return [f"{runs} x {steps:,}", f"{size / 1e6:,.0f}", command, f"{peak:,.0f}", megabytes, drawn, *first, *answers]
 
 
 def _fastest(url: str) -> tuple[float, bytes]:
@@ -218,9 +209,7 @@ def main() -> int:
     body = report.table(header, rows)
     print(body)
     if plan.save:
-        facts = [
-            "Each once, answers the fastest of five. In the dashboard every run is drawn at the width that a page of all runs would have"
-        ]
+        facts = ["Each once, answers the fastest of five. Runs are drawn at the width that a page of all of them has"]
         print(f"saved: {report.save('page', report.page('The page', facts, body, load))}")
     return 0
 
