@@ -163,9 +163,11 @@ class Reading:
         span = self._span(record)
         if kind == "step":
             own = self._ledger[span.number]
-            if not own or not isinstance(own[-1], Spent):
-                own.append(Spent())
-            own[-1].add(record)
+            spent = own[-1] if own else None
+            if not isinstance(spent, Spent):
+                spent = Spent()
+                own.append(spent)
+            spent.add(record)
             self.last_step = span.last = record["step"] + 1
         elif kind in _BEGIN:
             span.first = record["step"] if span.first is None else span.first

@@ -182,7 +182,7 @@ def _slowest(reading: Reading) -> str | None:
     """Who computes longer than the rest: by the pace of the last steps, else by all forward passes, in which no rank
     waits for another (below ZeRO-3). In all other phases of a step there is a collective, where the fast ones wait.
     """
-    seconds = dict(enumerate(reading.pace.get("compute") or ()))
+    seconds = {str(rank): own for rank, own in enumerate(reading.pace.get("compute") or ())}
     seconds = seconds or {rank: float(spent.get("forward") or 0.0) for rank, spent in reading.ranks.items()}
     middle = median(seconds.values()) if len(seconds) > 1 else 0.0
     rank = max(seconds, key=seconds.__getitem__, default=None)
