@@ -109,7 +109,7 @@ class Reading:
 
     def all(self) -> Reading:
         """Read to the end."""
-        while self.advance(1 << 26):
+        while self.advance():
             pass
         return self
 
