@@ -25,6 +25,7 @@ from pipeline.track.page.serve import HEADERS, Server
 from tests.test_benchmarks import cells, script
 from tests.track.small_story import Story, crash_loop, killed_once, run_folder
 
+PATIENCE = 300  # seconds, on a busy machine
 EVIL = "</script><img src=x onerror=alert(1)>\u2028<!-- & \"quoted\" 'single'"
 
 
@@ -126,7 +127,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def ask(server: Server, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=PATIENCE)
     try:
         connection.request(method, path, headers=headers)
         answer = connection.getresponse()
@@ -200,19 +201,23 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "dashboard", str(tmp_path / "runs"), "--port", "0"]
     for number in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout
-        first = process.stdout.readline()
-        match = re.search(r"1 run at http://127\.0\.0\.1:(\d+)/", first)
-        assert match, first
-        connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=30)
-        connection.request("GET", "/api/runs")
-        assert json.loads(connection.getresponse().read())["runs"][0]["name"] == "digits"
-        taken = subprocess.run([*command[:-1], match[1]], capture_output=True, text=True, timeout=60)
-        assert taken.returncode == 1 and "choose another port with --port" in taken.stderr
-        process.send_signal(number)  # while a connection is open
-        rest, _ = process.communicate(timeout=60)
-        assert (process.returncode, rest) == (0, "ended\n")
-        connection.close()
+        try:
+            assert process.stdout
+            first = process.stdout.readline()
+            match = re.search(r"1 run at http://127\.0\.0\.1:(\d+)/", first)
+            assert match, first
+            connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=PATIENCE)
+            connection.request("GET", "/api/runs")
+            assert json.loads(connection.getresponse().read())["runs"][0]["name"] == "digits"
+            taken = subprocess.run([*command[:-1], match[1]], capture_output=True, text=True)
+            assert taken.returncode == 1 and "choose another port with --port" in taken.stderr
+            process.send_signal(number)  # while a connection is open
+            rest, _ = process.communicate(timeout=PATIENCE)
+            assert (process.returncode, rest) == (0, "ended\n")
+            connection.close()
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_the_report_command(tmp_path: Path) -> None:

@@ -204,9 +204,11 @@ def served(folder: Path) -> Iterator[str]:
         match = re.search(r"http://\S+/", process.stdout.readline())
         assert match
         yield match[0]
-    finally:
         process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+        process.wait()
     assert (process.returncode, rest) == (0, "ended\n")
 
 
