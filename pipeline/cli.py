@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import cli_checkpoint, cli_data, cli_resume, cli_sweep
+from pipeline import cli_checkpoint, cli_data, cli_report, cli_resume, cli_sweep
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
@@ -110,19 +110,6 @@ def resume(
     raise typer.Exit(driver.run(checked, folder=folder, address=address))
 
 
-@app.command(epilog="Example: millstream runs")
-def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
-) -> None:
-    """List runs: what became of each, how far it is, how its time was spent."""
-    from pipeline import terminal
-    from pipeline.cluster import history
-
-    found = history.overview(folder)
-    columns = ["run", "state", "step", "best", "restarts", "useful", "last heard"]
-    terminal.table(columns, [list(row) for row in found])
-
-
 @app.command(epilog="Example: millstream evaluate runs/digits --checkpoint 400")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="Run folder, or the YAML file of its run.")],
@@ -141,6 +128,9 @@ def evaluate(
     terminal.table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in scores.items()])
 
 
+app.command(epilog=cli_report.RUNS)(cli_report.runs)
+app.command(epilog=cli_report.REPORT)(cli_report.report)
+app.command(epilog=cli_report.DASHBOARD)(cli_report.dashboard)
 app.command("verify-resume", epilog=cli_resume.EXAMPLE)(cli_resume.verify_resume)
 app.command("sweep", epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "pipeline"
 
 # From the bottom up. A module imports from its own layer and from those before it. The longest name that fits counts.
 LAYERS = [
-    ["errors", "problems", "yaml_file", "rules", "task_file", "sections", "config"],
+    ["errors", "look", "problems", "yaml_file", "rules", "task_file", "sections", "config"],
     ["models", "data"],
     ["tasks"],
     [
@@ -49,7 +49,8 @@ LAYERS = [
     ["saving", "health"],
     ["train"],
     ["cluster", "plan", "track.page", "verify_resume"],
-    ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_resume", "cli_sweep", "terminal", "__init__", "__main__"],
+    ["cli", "terminal", "__init__", "__main__"]
+    + [f"cli_{name}" for name in ("checkpoint", "data", "export", "report", "resume", "sweep")],
 ]
 FENCES = {
     "ray": ["cluster"],

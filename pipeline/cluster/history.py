@@ -1,23 +1,17 @@
-"""What run folders say when no attempt is under way: which is a run's, what has changed, what must be there, and what
-became of each.
-"""
+"""What run folders say when no attempt is under way: which is a run's, what has changed, what must be there."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from pipeline import config as configs
 from pipeline.checkpoint import format as checkpoints
 from pipeline.checkpoint import rollbacks
 from pipeline.checkpoint.uploads import home_of
-from pipeline.cluster import lease
 from pipeline.config import Config
-from pipeline.errors import CheckpointError, RunError
-from pipeline.run import Run
-from pipeline.track import goodput, journal
+from pipeline.errors import CheckpointError
+from pipeline.track import journal
 
 
 def run_folder(config: Config, fresh: bool) -> Path:
@@ -86,54 +80,3 @@ def expect_checkpoint(config: Config, folder: Path) -> None:
 def finished(config: Config, folder: Path) -> bool:
     """Whether the last step of this configuration is committed."""
     return any(found.step >= config.steps for found in checkpoints.list_checkpoints(folder / "checkpoints"))
-
-
-class Row(NamedTuple):
-    """One run in a list, as text."""
-
-    name: str
-    state: str
-    step: str
-    best: str
-    restarts: str
-    useful: str
-    heard: str
-
-
-def overview(folder: Path) -> list[Row]:
-    """The runs in `folder`, the one last heard of first. Raises RunError when there is none."""
-    rows = [(path.parent.stat().st_mtime, _row(path.parent)) for path in folder.glob("*/config.yaml")]
-    if not rows:
-        raise RunError(f"{folder} holds no runs; `millstream train CONFIG` makes one")
-    return [row for _, row in sorted(rows, key=lambda pair: pair[0], reverse=True)]
-
-
-def _row(folder: Path) -> Row:
-    run = Run(folder)
-    records, wanted = run.records(), run.config.evaluate
-    facts = journal.summary(records, wanted.best, wanted.mode)
-    best = next((f"{name} {value:.4g}" for name, _, value, _ in facts["evaluations"] if name == wanted.best), "-")
-    useful = goodput.shares(records).get("useful")
-    return Row(
-        folder.name,
-        _state(run, records),
-        f"{facts['last_step']}/{run.config.steps}",
-        best,
-        str(facts["restarts"]),
-        "-" if useful is None else f"{useful:.0%}",
-        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(records[-1]["time"])) if records else "-",
-    )
-
-
-def _state(run: Run, records: list[journal.Record]) -> str:
-    active = lease.owner(run.folder)
-    if active:
-        return f"training: {active}"
-    if run.finished:
-        return "done"
-    last = next((record for record in reversed(records) if record["kind"] in ("attempt", "end", "failure")), None)
-    if last is None:
-        return "not begun"
-    if last["kind"] == "end" and last["reason"] != "rollback":
-        return "stopped"
-    return "given up" if last["kind"] == "failure" and last["exit_code"] else "interrupted"

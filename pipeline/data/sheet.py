@@ -17,18 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pipeline import look
 from pipeline.data.sound import Audio
 
 TILE = 128  # pixels, side of one picture
 WAVE = (240, 64)  # columns and height of a waveform
 PLAYED_BYTES = 200_000  # a larger sound file is not put into the page
 STYLE = """
-:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --line: #d8d8d4; --ink: #1c1c1a; --soft: #5d5d58;
-  --wave: #2563a8 }
-@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #21211f; --line: #3b3b37; --ink: #ececea;
-  --soft: #a3a39c; --wave: #7db4f0 } }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0; padding: 24px; background: var(--page); color: var(--ink) }
-h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere }
 header p { margin: 0; color: var(--soft); max-width: 72em; overflow-wrap: anywhere }
 main { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 20px; align-items: flex-start }
 figure { box-sizing: border-box; margin: 0; padding: 8px; background: var(--card); border: 1px solid var(--line);
@@ -85,12 +80,8 @@ def draw(shown: Sequence[Shown]) -> Image.Image:
 def page(title: str, facts: Sequence[str], shown: Sequence[Shown]) -> str:
     """One HTML page: what is known of the data set, then every sample."""
     lines = "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-        f"<header><h1>{html.escape(title)}</h1>{lines}</header><main>{''.join(map(_figure, shown))}</main></html>\n"
-    )
+    body = f"<header><h1>{html.escape(title)}</h1>{lines}</header><main>{''.join(map(_figure, shown))}</main>"
+    return look.document(title, STYLE, body)
 
 
 def sound_line(audio: Audio) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from pipeline import config as configs
-from pipeline.cluster import driver, history, lease
+from pipeline.cluster import driver, lease
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.run import Run
 from pipeline.track import journal
+from pipeline.track.page import model
 from tests import small_data
 
 TASK = {"name": "tests.poisoned_task"}
@@ -59,12 +60,14 @@ def test_a_run_goes_on_in_its_own_folder_and_is_listed(toy: Path, capsys: pytest
     assert driver.run(longer, folder=first) == driver.DONE
     assert "going on from step 4" in capsys.readouterr().out
     assert Run(first).finished and Run(runs / "toy-2").config.steps == 4
-    rows = {row.name: row for row in history.overview(runs)}
-    assert [(rows[name].state, rows[name].step) for name in ("toy", "toy-2")] == [("done", "6/6"), ("done", "4/4")]
+    rows = {row["name"]: row for row in model.rows(runs)}
+    told = [tuple(rows[name][key] for key in ("state", "last_step", "steps")) for name in ("toy", "toy-2")]
+    assert told == [("done", 6, 6), ("done", 4, 4)]
     with lease.take(first):
-        assert next(row.state for row in history.overview(runs) if row.name == "toy").startswith("training: process")
+        row = next(row for row in model.rows(runs) if row["name"] == "toy")
+        assert row["state"] == "training" and row["owner"].startswith("process")
     with pytest.raises(RunError, match="holds no runs"):
-        history.overview(toy.parent / "pictures")
+        model.rows(toy.parent / "pictures")
 
 
 def test_missing_checkpoints_are_not_a_fresh_start(toy: Path) -> None:

@@ -1,0 +1,73 @@
+"""The page as one HTML file: look, library, program and numbers in it, nothing beside it.
+
+What comes from a run (names, messages, configurations) reaches the page as JSON only, and the program shows it as text,
+never as HTML. A policy inside the file allows just the scripts that are in it, by their digests, so that the file asks
+no network whatever is in it; the live page may ask its own server. Charts are drawn by uPlot (MIT; its licence lies
+beside it): a canvas chart of 50 kB that draws hundreds of thousands of points in a moment.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__, look
+from pipeline.errors import RunError
+from pipeline.track.page import model
+from pipeline.track.page.reading import Reading
+from pipeline.track.page.thin import width_for
+
+SCRIPTS = ("uPlot.iife.min.js", "elements.js", "chart.js", "parts.js", "page.js")
+
+
+def write(runs: Sequence[Path], out: Path) -> int:
+    """Write the page of these run folders to `out`; returns its bytes. Raises RunError when it cannot be written."""
+    content = report(runs).encode()
+    try:
+        out.write_bytes(content)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror}; name another file with --out") from error
+    return len(content)
+
+
+def report(runs: Sequence[Path]) -> str:
+    """The page of these run folders as they are now."""
+    folders = list(dict.fromkeys(runs))
+    names = {model.title(folder, folders): Reading(folder).all() for folder in folders}
+    width = width_for(max(reading.last_step for reading in names.values()), len(names))
+    told = {
+        "live": False,
+        "made": time.time(),
+        "version": __version__,
+        "list": [model.listed(name, reading, reading.position) for name, reading in names.items()],
+        "runs": [model.run(name, reading, width) for name, reading in names.items()],
+    }
+    title = next(iter(names)) if len(names) == 1 else f"{len(names)} runs"
+    return document(f"{title} - millstream", told, "'none'")[0]
+
+
+def document(title: str, told: dict[str, Any], connect: str) -> tuple[str, str]:
+    """(the page, its content security policy); `connect`: where it may fetch from, as that policy says it."""
+    scripts = [_asset(name) for name in SCRIPTS]
+    sources = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    policy = (
+        f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; connect-src {connect}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    body = _asset("page.html") + f'<script type="application/json" id="told">{model.text(told)}</script>'
+    body += "".join(f"<script>{script}</script>" for script in scripts)
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    return look.document(title, _asset("uPlot.min.css") + _asset("page.css"), body, meta), policy
+
+
+def _asset(name: str) -> str:
+    return files("pipeline.track.page").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
