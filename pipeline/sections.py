@@ -183,6 +183,10 @@ class Track(Strict):
     entity: str | None = Field(default=None, description="W&B user or team")
     group: str | None = Field(default=None, description="W&B group of runs")
     tags: tuple[str, ...] = Field(default=(), description="W&B tags")
+    on_rewind: Literal["skip", "rewind", "new_run"] = Field(
+        default="skip",
+        description="W&B's steps that are done again: kept, forgotten, or left beside a new run",
+    )
 
 
 class Stall(Strict):

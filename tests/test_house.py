@@ -46,7 +46,17 @@ LAYERS = [
     ["saving"],
     ["train"],
     ["cluster", "plan", "track.page", "verify_resume"],
-    ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_resume", "terminal", "__init__", "__main__"],
+    [
+        "cli",
+        "cli_data",
+        "cli_checkpoint",
+        "cli_export",
+        "cli_resume",
+        "cli_track",
+        "terminal",
+        "__init__",
+        "__main__",
+    ],
 ]
 FENCES = {
     "ray": ["cluster"],

@@ -28,6 +28,7 @@ from pipeline.cluster.failure import Failure, diagnose
 from pipeline.cluster.supervise import supervise
 from pipeline.config import Config
 from pipeline.track import journal
+from pipeline.track.code import version as code_version
 from pipeline.track.console import Console
 from pipeline.track.wandb import Wandb
 
@@ -109,7 +110,7 @@ def attempts(config: Config, folder: Path, console: Console, stop: threading.Eve
                 code = AGAIN
                 break
             attempt = launcher.start(lease.new_attempt(folder), workers)
-            facts = {"workers": workers, "restarts": len(failures), "relaunch": relaunch}
+            facts = {"workers": workers, "restarts": len(failures), "relaunch": relaunch, "code": code_version()}
             attempt.record({"kind": "attempt", **facts})
             relaunch = True
             error, resize = supervise(attempt, stop, config)
