@@ -73,15 +73,21 @@ def send(folder: Path, track: Track, say: Say) -> int:
     everything = segments.find(folder)
     for identity in dict.fromkeys(segment.identity for segment in everything):
         mine = [segment for segment in everything if segment.identity == identity]
-        for place, segment in enumerate(mine):
-            sent += _send(segment, mine[place + 1 :], track, say)
+        try:
+            for place, segment in enumerate(mine):
+                sent += not segment.sent and _send(segment, mine[place + 1 :], track, say)
+        except _CannotRewind:
+            say("this server cannot rewind a run: of steps that were done again it gets those of the first time")
+            sent += sum(_send(segment._replace(rewound=None), [], track, say) for segment in mine)
     return sent
+
+
+class _CannotRewind(Exception):
+    """The server refuses to forget steps."""
 
 
 def _send(segment: Segment, later: list[Segment], track: Track, say: Say) -> bool:
     """Send what the server lacks of one segment; whether there was anything."""
-    if segment.sent:
-        return False
     until = min((each.rewound for each in later if each.rewound is not None and each.steps), default=sys.maxsize)
     last = account.last_step(track.project, track.entity, segment.identity)
     rewinds = segment.rewound is not None and not segment.online
@@ -93,7 +99,7 @@ def _send(segment: Segment, later: list[Segment], track: Track, say: Say) -> boo
         return False
     say(f"{here}: sending steps {wanted[0]} to {wanted[-1]}")
     with tempfile.TemporaryDirectory(prefix="millstream-sync-") as scratch:
-        whole = wanted == segment.steps and not segment.online
+        whole = wanted == segment.steps and not segment.online and not segment.sent
         source = segment.path.parent if whole else segments.write_part(segment, wanted, rewinds, Path(scratch))
         _wandb_sync(source, segment, track, Path(scratch))
     segment.mark.touch()
@@ -115,11 +121,10 @@ def _wandb_sync(source: Path, segment: Segment, track: Track, scratch: Path) -> 
     wrong = [line.removeprefix("wandb: ") for line in text.splitlines() if _BAD.search(line)]
     if wrong or process.returncode or "Finished syncing" not in text:
         segment.mark.unlink(missing_ok=True)
-        mend = "the same command again goes on"
-        if any("rewind" in line for line in wrong):
-            mend = "this server cannot rewind a run; delete that folder, and the same command sends the journal's rows"
+        if any("failed to rewind" in line for line in wrong):
+            raise _CannotRewind
         said = "; ".join(wrong) or text.strip() or "W&B said nothing"
-        raise RunError(f"{segment.path.parent} was not sent: {said}. Nothing is lost: {mend}.")
+        raise RunError(f"{segment.path.parent} was not sent: {said}. Nothing is lost: the same command again goes on.")
 
 
 def _wait(process: subprocess.Popen[bytes], segment: Segment, track: Track) -> None:
