@@ -92,6 +92,10 @@ def test_the_commands_are_these() -> None:
         "evaluate",
         "resume",
         "runs",
+        "track",
+        "track repair",
+        "track status",
+        "track sync",
         "train",
         "verify-resume",
     ]

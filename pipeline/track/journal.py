@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypedDict
 from pipeline.errors import RunError
 
 VERSION = 1
+HEAD = ("v", "attempt", "seq", "time")  # what the journal itself puts before a record
 POLL_SECONDS = 0.1
 _CRC = b',"crc":"'
 _TAIL = len(_CRC) + len('01234567"}')
@@ -108,6 +109,11 @@ class Reading(NamedTuple):
 
     records: list[Record]
     problems: list[str]
+
+
+def as_read(record: Mapping[str, Any]) -> Record:
+    """The record as `read` gives it back: numbers of numpy as Python's, what is not finite as None."""
+    return _record(_line(dict(record)).rstrip(b"\n")) or {}
 
 
 def read(path: Path) -> Reading:

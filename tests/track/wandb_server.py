@@ -10,19 +10,15 @@ read from the client's own queries and from what the client does with them.
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 import re
-import socket
 import threading
-import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
 
-KEY = "0123456789" * 4
+from tests.track.wandb_requests import KEY, Handler
+
 ENTITY = "somebody"
 
 
@@ -76,14 +72,14 @@ class Server:
         self.behave, self.delay, self.can_rewind = "answer", 0.0, True
         self.hang_up_after: int | None = None
         self._ids: dict[str, str] = {}
-        self._closing = threading.Event()
+        self.closing = threading.Event()
         self._lock = threading.RLock()
         self._open(0)
 
     def _open(self, port: int) -> None:
         server = self
 
-        class Handler(_Handler):
+        class Mine(Handler):
             owner = server
 
         class Listener(ThreadingHTTPServer):
@@ -92,7 +88,7 @@ class Server:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """A client that was killed is no error here."""
 
-        self._listener = Listener(("127.0.0.1", port), Handler)
+        self._listener = Listener(("127.0.0.1", port), Mine)
         self.port = self._listener.server_address[1]
         self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -109,7 +105,7 @@ class Server:
     def leave(self) -> None:
         """Nobody listens any more; what was told is kept."""
         self.behave = "hang up"
-        self._closing.set()
+        self.closing.set()
         self._listener.shutdown()
         self._listener.server_close()
         self._thread.join()
@@ -117,11 +113,11 @@ class Server:
     def come_back(self) -> None:
         """At the same address."""
         self.behave, self.hang_up_after = "answer", None
-        self._closing.clear()
+        self.closing.clear()
         self._open(self.port)
 
     def close(self) -> None:
-        if not self._closing.is_set():
+        if not self.closing.is_set():
             self.leave()
 
     # ------------------------------------------------------------ what it answers
@@ -257,75 +253,3 @@ class Server:
     def _on_CommitArtifact(self, wanted: dict[str, Any]) -> dict[str, Any]:
         self.artifacts[wanted["artifactID"]].state = "COMMITTED"
         return {"commitArtifact": {"artifact": {"id": wanted["artifactID"], "digest": self._ids[wanted["artifactID"]]}}}
-
-
-class _Handler(BaseHTTPRequestHandler):
-    owner: Server
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
-
-    def do_POST(self) -> None:
-        body = self._body()
-        stream = re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", self.path)
-        if not self._may_answer(bool(stream)):
-            return
-        if self.headers.get("Authorization", "") != "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode():
-            self._answer(401, {"errors": [{"message": "wrong key"}]})
-        elif self.path == "/graphql":
-            asked = json.loads(body)
-            self._answer(200, self.owner.graphql(asked["query"], asked.get("variables") or {}))
-        elif stream:
-            self.owner.stream(self.owner.runs[unquote(stream[3])], json.loads(body))
-            self._answer(200, {})
-        else:
-            self._answer(404, {})
-
-    def do_PUT(self) -> None:
-        body = self._body()
-        if self._may_answer(False):
-            self.owner.store(unquote(self.path), body)
-            self._answer(200, {})
-
-    def do_GET(self) -> None:
-        if self._may_answer(False):
-            self._answer(404, {})
-
-    def _body(self) -> bytes:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-
-    def _may_answer(self, streamed: bool) -> bool:
-        owner = self.owner
-        if streamed and owner.hang_up_after is not None:
-            owner.hang_up_after -= 1
-            if owner.hang_up_after < 0:
-                owner.behave = "hang up"
-        if owner.delay:
-            owner._closing.wait(owner.delay)
-        if owner.behave in ("refuse", "fail"):
-            self._answer(403 if owner.behave == "refuse" else 500, {"errors": [{"message": owner.behave}]})
-        elif owner.behave == "silent":
-            owner._closing.wait()
-        if owner.behave == "answer":
-            return True
-        if owner.behave in ("hang up", "silent"):
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-        return False
-
-    def _answer(self, code: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-if __name__ == "__main__":
-    shown = Server()
-    print(json.dumps(shown.environment), flush=True)
-    while True:
-        time.sleep(60)

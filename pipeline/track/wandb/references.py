@@ -2,12 +2,16 @@
 given up.
 
 Data sets and checkpoints are artifacts of references: W&B gets names, digests and places, and its graph data set ->
-run -> checkpoint; no file is copied. It gives up: a checkpoint that is removed later stays in W&B's list.
+run -> checkpoint; no file is copied. W&B asks its server before it takes an artifact, so notes wait in a thread of
+their own and hold no row up. It gives up: a checkpoint that is removed later stays in W&B's list; notes that the server
+has not taken when a run ends.
 """
 
 from __future__ import annotations
 
+import queue
 import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,32 +22,47 @@ GIVEN_UP = 1  # exit code of a run that ends without being done
 class References:
     """Notes for one W&B run. A note that fails is told once; from then on there are none."""
 
+    _of_interest = ("attempt", "start", "restore", "save", "failure")
+
     def __init__(
         self, run: Any, identity: str, folder: Path, config: Mapping[str, Any], tell: Callable[[str], None]
     ) -> None:
         self._run, self._identity, self._folder, self._config, self._tell = run, identity, folder, config, tell
         self._data: str | None = None
-        self._failed = False
+        self._records: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb notes", daemon=True)
+        self._thread.start()
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Note what one record of the journal is about, if it is about any of these."""
-        if self._failed:
-            return
+        """Note what one record of the journal is about, if it is about any of these; returns at once."""
+        if record["kind"] in self._of_interest:
+            self._records.put(record)
+
+    def close(self, seconds: float) -> None:
+        """Wait so long, at the most, for what is still to be noted."""
+        self._records.put(None)
+        self._thread.join(seconds)
+        self._tell = lambda line: None  # it is too late to say anything of them
+
+    def _work(self) -> None:
         try:
-            match record["kind"]:
-                case "attempt":
-                    facts = {key: record[key] for key in ("attempt", "workers", "code") if key in record}
-                    self._run.config.update({"millstream": facts}, allow_val_change=True)
-                case "start" | "restore" if "data" in record:
-                    self._read(record)
-                case "save" if "path" in record:
-                    self._made(record)
-                case "failure" if record["exit_code"] == GIVEN_UP:
-                    title = f"{self._config.get('name', 'run')}: given up"[:60]
-                    self._run.alert(title, record["message"][:1000], level="ERROR")
+            while (record := self._records.get()) is not None:
+                self._note(record)
         except Exception as error:
-            self._failed = True
-            self._tell(f"W&B: {error}; from here on only metrics are sent")
+            self._tell(f"W&B: {error or type(error).__name__}; from here on only metrics are sent")
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        match record["kind"]:
+            case "attempt":
+                facts = {key: record[key] for key in ("attempt", "workers", "code") if key in record}
+                self._run.config.update({"millstream": facts}, allow_val_change=True)
+            case "start" | "restore" if "data" in record:
+                self._read(record)
+            case "save" if "path" in record:
+                self._made(record)
+            case "failure" if record["exit_code"] == GIVEN_UP:
+                title = f"{self._config.get('name', 'run')}: given up"[:60]
+                self._run.alert(title, record["message"][:1000], level="ERROR")
 
     def _read(self, record: Mapping[str, Any]) -> None:
         """The run reads these data sets. The root of the index stands for a set: another content has another one."""

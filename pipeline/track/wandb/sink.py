@@ -24,6 +24,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from pipeline.track.wandb import account, references, segments
 
 INIT_SECONDS = 30.0
 CLOSE_SECONDS = 10.0
+NOTES_SECONDS, FINISH_SECONDS = 2.0, 6.0  # of these, for artifacts and alerts, and for what is left of the rows
 BEHIND = 10_000
 
 
@@ -79,17 +81,17 @@ class Wandb:
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Send what is left and finish the W&B run; given up after so many seconds, what is on the disk is kept."""
+        if self._mode == "off":
+            return
+        if not self._off.is_set():
+            deadline = time.monotonic() + seconds
+            with suppress(queue.Full):
+                self._records.put(None, timeout=seconds)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            if self._thread.is_alive():
+                self._fail(f"it did not finish within {seconds:.0f} s")
         if self._off.is_set():
-            return
-        deadline = time.monotonic() + seconds
-        try:
-            self._records.put(None, timeout=seconds)
-        except queue.Full:
-            self._fail("it does not keep up")
-            return
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            self._fail(f"it did not finish within {seconds:.0f} s")
+            account.end_service()  # it would hold the process's exit up, for as long as it waits for its server
 
     def _work(self) -> None:
         try:
@@ -97,7 +99,7 @@ class Wandb:
             while (record := self._records.get()) is not None and not self._off.is_set():
                 self._take(record)
             self._send(self._rows)
-            self._run.finish(exit_code=self._exit_code)
+            self._finish(self._exit_code)
         except Exception as error:  # whatever it is, the training goes on
             self._fail(_first_line(error))
 
@@ -110,6 +112,8 @@ class Wandb:
                 self._sent = self._run.starting_step - 1  # what the server has; the rest comes again from the journal
                 return
             except Exception as error:
+                if self._off.is_set():  # by now nobody waits for it
+                    raise
                 self._tell(f"W&B: {_first_line(error)}; going on offline")
                 self._mode = "offline"
                 _release()
@@ -127,7 +131,7 @@ class Wandb:
         self._run = wandb.init(
             id=identity, name=self._name, job_type="train", dir=self._folder, config=dict(self._config),
             project=self._track.project, entity=self._track.entity, group=group, tags=self._track.tags,
-            mode=mode, settings=account.settings(wandb.Settings, INIT_SECONDS, CLOSE_SECONDS - 2), **how,
+            mode=mode, settings=account.settings(wandb.Settings, INIT_SECONDS, FINISH_SECONDS), **how,
         )  # fmt: skip
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
@@ -157,7 +161,7 @@ class Wandb:
         """The run goes on after `step` steps, and W&B has later ones already: do with them as track.on_rewind says."""
         if self._track.on_rewind == "skip" or (self._track.on_rewind == "rewind" and step == 0):
             return
-        self._run.finish(exit_code=int(self._track.on_rewind == "new_run"))
+        self._finish(int(self._track.on_rewind == "new_run"))
         if self._track.on_rewind == "new_run":
             self._begin(account.identity(self._folder, new=True))
             return
@@ -170,6 +174,14 @@ class Wandb:
             self._tell(f"W&B: {_first_line(error)}; the steps that it has are skipped")
             _release()
             self._begin(identity)
+
+    def _finish(self, exit_code: int) -> None:
+        if self._notes is not None:
+            self._notes.close(NOTES_SECONDS)
+        try:
+            self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            raise TimeoutError(f"its server did not take everything within {FINISH_SECONDS:.0f} s") from None
 
     def _send(self, steps: Iterable[int]) -> None:
         for step in sorted(steps):
@@ -184,14 +196,17 @@ class Wandb:
     def _fail(self, reason: str) -> None:
         if not self._off.is_set():
             self._off.set()
-            self._tell(f"W&B: {reason}; left alone, the journal has everything")
+            here = os.path.relpath(self._folder)
+            later = f"the journal has everything (`millstream track sync {here}` sends it)"
+            self._tell(f"W&B: {reason}; left alone, {later}")
 
 
 def _release() -> None:
     """After a failed start; else the run's id counts as in use, and the next start cannot have it."""
     import wandb
 
-    wandb.teardown()
+    with suppress(SystemExit):  # of W&B's own process, when that has failed
+        wandb.teardown()
 
 
 def missing(records: Iterable[Mapping[str, Any]], last: int) -> list[int]:
