@@ -22,7 +22,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from pipeline import config as configs
-from pipeline.cluster import history, lease, output, worker
+from pipeline.cluster import history, lease, metrics, output, worker
 from pipeline.cluster.attempt import Attempt, Solo
 from pipeline.cluster.failure import Failure, diagnose
 from pipeline.cluster.supervise import supervise
@@ -188,14 +188,19 @@ def stop_signals(console: Console, stop: threading.Event | None = None) -> Itera
 
 @contextmanager
 def sinks(config: Config, folder: Path, console: Console) -> Iterator[Wandb]:
-    """Feed the terminal and W&B with the journal's new records, in a thread, until the block ends and all are shown."""
+    """Feed the terminal and W&B with the journal's new records, the gauges with all, in a thread, until the block ends
+    and all are shown.
+    """
     path = folder / "journal.jsonl"
     seen = len(journal.read(path).records)
+    gauges = None if config.cluster.workers == 0 else metrics.Gauges(config)
     tracking = Wandb(config.track, folder, config.name, config.model_dump(mode="json"), console.say)
     ended = threading.Event()
 
     def feed() -> None:
         for place, record in enumerate(journal.follow(path, ended)):
+            if gauges:
+                gauges.write(record)
             if place >= seen:
                 if record["kind"] in ("start", "restore"):  # not before: one that is refused is not the run's
                     history.save_configuration(config, folder)
@@ -209,6 +214,8 @@ def sinks(config: Config, folder: Path, console: Console) -> Iterator[Wandb]:
     finally:
         ended.set()
         thread.join()
+        if gauges:
+            gauges.close()
         tracking.close()
 
 

@@ -57,6 +57,7 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=100 * 2**20,
+                _metrics_export_port=config.cluster.metrics_port,
                 _temp_dir=scratch,
             )
         else:

@@ -66,6 +66,41 @@ def short() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def train_and_kill(project: Path, run: Path, draw: random.Random) -> str:
+    """Train to the end through five kills; what the commands said."""
+    victims = ["worker", "board", "W&B", "driver", "driver"]
+    draw.shuffle(victims)
+    step, said, process = 0, "", millstream(project, "train", "toy.yaml")
+    try:
+        for victim in victims:
+            step += draw.randint(3, 8)
+            wait_for_step(run, step, 1, process)
+            kill(victim, run, process.pid, draw)
+            relied = max((listed.step for listed in Run(run).checkpoints() if not listed.damage), default=0)
+            assert set(Run(run).curve("train/loss")[0]) >= set(range(relied)), (victim, step)
+            if victim == "driver":
+                said += process.communicate()[0]
+                process = millstream(project, "train", "toy.yaml")
+        return said + finish(process, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill(victim: str, run: Path, driver: int, draw: random.Random) -> None:
+    attempt = max(record["attempt"] for record in Run(run).records())
+    match victim:
+        case "worker":
+            pid = workers(run, attempt)[draw.randint(0, 1)]
+        case "board":
+            pid = writer(run)
+        case "W&B":
+            pid = wandb_core(driver)
+        case _:
+            pid = driver
+    os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_kills_lose_no_step(tmp_path: Path, short: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = attempts.environment(short)
@@ -78,30 +113,8 @@ def test_kills_lose_no_step(tmp_path: Path, short: Path, server: Server, monkeyp
     small_data.config(
         tmp_path / "toy.yaml", task, tmp_path / "pictures", data=data, steps=STEPS, track={"wandb": "offline"}
     )
-    draw = random.Random(11)
-    victims = ["worker", "board", "W&B", "driver", "driver"]
-    draw.shuffle(victims)
-    run, step, said = tmp_path / "runs" / "toy", 0, ""
-    process = millstream(tmp_path, "train", "toy.yaml")
-    for victim in victims:
-        step += draw.randint(3, 8)
-        wait_for_step(run, step, 1, process)
-        attempt = max(record["attempt"] for record in Run(run).records())
-        match victim:
-            case "worker":
-                os.kill(workers(run, attempt)[draw.randint(0, 1)], signal.SIGKILL)
-            case "board":
-                os.kill(writer(run), signal.SIGKILL)
-            case "W&B":
-                os.kill(wandb_core(process.pid), signal.SIGKILL)
-            case "driver":
-                process.kill()
-                said += process.communicate()[0]
-        relied = max((listed.step for listed in Run(run).checkpoints() if not listed.damage), default=0)
-        assert set(Run(run).curve("train/loss")[0]) >= set(range(relied)), (victim, step)
-        if victim == "driver":
-            process = millstream(tmp_path, "train", "toy.yaml")
-    said += finish(process, 0)
+    run = tmp_path / "runs" / "toy"
+    said = train_and_kill(tmp_path, run, random.Random(11))
     assert said.count("going on from the last checkpoint (restart") == 1, said  # the board's death cost no attempt
 
     records, problems = journal.read(run / "journal.jsonl")
