@@ -25,7 +25,7 @@ from tests.test_train import RESNET
 from tests.track import attempts
 from tests.track.wandb_server import Server
 
-STEPS = 45
+STEPS = 50
 
 
 @pytest.fixture
@@ -70,12 +70,13 @@ def train_and_kill(project: Path, run: Path, draw: random.Random) -> str:
     """Train to the end through five kills; what the commands said."""
     victims = ["worker", "board", "W&B", "driver", "driver"]
     draw.shuffle(victims)
-    step, said, process = 0, "", millstream(project, "train", "toy.yaml")
+    step, attempt, said, process = 0, 1, "", millstream(project, "train", "toy.yaml")
     try:
         for victim in victims:
             step += draw.randint(3, 8)
-            wait_for_step(run, step, 1, process)
-            kill(victim, run, process.pid, draw)
+            wait_for_step(run, step, attempt, process)
+            kill(victim, run, attempt, process.pid, draw)
+            attempt += victim in ("worker", "driver")
             relied = max((listed.step for listed in Run(run).checkpoints() if not listed.damage), default=0)
             assert set(Run(run).curve("train/loss")[0]) >= set(range(relied)), (victim, step)
             if victim == "driver":
@@ -87,8 +88,7 @@ def train_and_kill(project: Path, run: Path, draw: random.Random) -> str:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def kill(victim: str, run: Path, driver: int, draw: random.Random) -> None:
-    attempt = max(record["attempt"] for record in Run(run).records())
+def kill(victim: str, run: Path, attempt: int, driver: int, draw: random.Random) -> None:
     match victim:
         case "worker":
             pid = workers(run, attempt)[draw.randint(0, 1)]
