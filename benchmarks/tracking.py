@@ -47,7 +47,7 @@ def tracked(world: World, line: Connection, plan: argparse.Namespace, path: Path
     from pipeline.track.wandb import Wandb
     from pipeline.train import train
 
-    config = configs.load(path, [f"steps={(2 * plan.rounds + 1) * plan.steps}"])
+    config = configs.load(path, [f"steps={(2 * plan.rounds + 1) * plan.steps + 1}"])
     folder = Path(config.runs) / "run"
     (folder / "attempts").mkdir(parents=True)
     board, console = Board(folder / "journal.jsonl", 1), Console(config, folder, io.StringIO())

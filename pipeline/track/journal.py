@@ -7,8 +7,9 @@ and says so, readers pass over it. A line that is damaged in the middle is passe
 
     {"v":1,"attempt":1,"seq":17,"time":1700000000.1,"kind":"step","step":3,"metrics":{"train/loss":2.3},"crc":"8 hex"}
 
-Kinds and keys stand in schema.py. `seq` counts all lines of the file. `time` is for people; order never follows from it. A number that is not finite is
-written as null, since JSON has none. It gives up compactness (about 400 bytes a step) for being readable by anything.
+Kinds and keys stand in schema.py. `seq` counts all lines of the file. `time` is for people; order never follows from
+it. A number that is not finite is written as null, since JSON has none. It gives up compactness (about 400 bytes a
+step) for being readable by anything.
 """
 
 from __future__ import annotations

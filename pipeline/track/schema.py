@@ -45,7 +45,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     },
     "step": {
         "step": "its number",
-        "metrics": "train/*: means over the batch; optim/lr; time/step_seconds; data/wait_seconds: longest of the ranks; "
+        "metrics": "train/*: means over the batch; optim/lr; time/step_seconds; data/wait_seconds: of the slowest; "
         "throughput/samples_per_second: over all ranks; null: was not finite",
         "samples": "digest of which samples stood in which rows, the same at every world size",
     },
