@@ -28,12 +28,12 @@ def recorded() -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 named = node.func.attr in ("record", "_record") and node.args
                 if named and isinstance(node.args[0], ast.Constant):
-                    yield node.args[0].value, place
+                    yield str(node.args[0].value), place
             elif isinstance(node, ast.Dict):
                 keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
                 kind = node.values[keys.index("kind")] if keys[:1] == ["kind"] else None
                 if isinstance(kind, ast.Constant):
-                    yield kind.value, place
+                    yield str(kind.value), place
 
 
 def test_every_kind_that_is_recorded_is_described_and_none_else() -> None:

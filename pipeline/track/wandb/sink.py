@@ -126,7 +126,9 @@ class Wandb:
         wandb.setup(wandb.Settings(silent=True))  # the log-in speaks before it has seen the settings of the run
         while list(self._folder.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-{identity}")):
             time.sleep(0.1)  # W&B names folders by the second: two attempts in one would write into the same file
-        how = {"resume": "allow"} if rewind is None else {"resume_from": f"{identity}?_step={rewind}"}
+        how: dict[str, Any] = {"resume": "allow"}
+        if rewind is not None:
+            how = {"resume_from": f"{identity}?_step={rewind}"}
         group = self._track.group or (self._name if self._track.on_rewind == "new_run" else None)
         self._run = wandb.init(
             id=identity, name=self._name, job_type="train", dir=self._folder, config=dict(self._config),
