@@ -102,6 +102,7 @@ def kill(victim: str, run: Path, attempt: int, driver: int, draw: random.Random)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # three starts of Ray and a restart
 def test_kills_lose_no_step(tmp_path: Path, short: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = attempts.environment(short)
     for name in [name for name in os.environ if name.startswith("WANDB_")] + ["NETRC"]:
