@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import cli_checkpoint, cli_data, cli_report, cli_resume, cli_sweep
+from pipeline import cli_checkpoint, cli_data, cli_report, cli_resume, cli_sweep, cli_track
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
@@ -23,6 +23,7 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
 app = typer.Typer(name="millstream", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
+app.add_typer(cli_track.app, name="track")
 
 
 def main() -> None:

@@ -194,6 +194,10 @@ class Track(Strict):
     entity: str | None = Field(default=None, description="W&B user or team")
     group: str | None = Field(default=None, description="W&B group of runs")
     tags: tuple[str, ...] = Field(default=(), description="W&B tags")
+    on_rewind: Literal["skip", "rewind", "new_run"] = Field(
+        default="skip",
+        description="W&B's steps that are done again: kept, forgotten, or left beside a new run",
+    )
 
 
 class Stall(Strict):
@@ -244,6 +248,9 @@ class Cluster(Strict):
     wait_seconds: float = Field(default=300, ge=0, description="for lost nodes to return, before the run ends with 75")
     threads_per_worker: Count = Field(default=1, description="CPU threads of each; another number moves the last bits")
     address: str | None = Field(default=None, description="of a running Ray cluster; null: one is started here")
+    metrics_port: int | None = Field(
+        default=None, ge=1024, le=65535, description="Prometheus, of a Ray cluster started here; null: any free one"
+    )
     gpu: bool | None = Field(default=None, description="one GPU per worker; null: when there is one")
     restarts: int = Field(default=3, ge=0, description="attempts after the first, when workers are lost")
 

@@ -37,6 +37,14 @@ def cells(lines: list[str]) -> list[list[str]]:
 
 
 @pytest.mark.slow
+def test_a_loop_is_tracked_and_not_in_turns(tmp_path: Path) -> None:
+    arguments = "--size toy --case language --starts 1 --rounds 3 --steps 3 --pause 0.6"
+    (row,) = cells(script("tracking.py", arguments, tmp_path))
+    assert row[0] == "language" and float(row[1]) > 0 and float(row[2]) > 0
+    assert row[3].count("%") == 3 and row[5].split()[0] in ("met", "MISSED")
+
+
+@pytest.mark.slow
 def test_exports_stand_beside_save_pretrained(tmp_path: Path) -> None:
     rows = cells(script("export.py", "--size toy --repeats 1 --shard-mb 1", tmp_path))
     assert [row[:2] for row in rows] == [

@@ -94,6 +94,10 @@ def test_the_commands_are_these() -> None:
         "report",
         "resume",
         "runs",
+        "track",
+        "track repair",
+        "track status",
+        "track sync",
         "train",
         "verify-resume",
     ]

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.track.journal import Journal
+from pipeline.track.journal import HEAD, Journal, as_read, read
 
+REMEMBERED = 1000  # records; more are never on their way at once
 SPENT_SECONDS = 30.0  # how often it is noted how the ranks' time was spent: so much of it is lost with a driver
 
 
@@ -22,23 +23,27 @@ class Board:
     def __init__(self, journal: Path, attempt: int) -> None:
         self._journal = Journal(journal, attempt)
         self._stop = False
+        self._known: list[dict[str, Any]] = []
         self._heartbeats: dict[int, tuple[float, dict[str, Any]]] = {}
         self._noted = time.monotonic()
+
+    def remember(self) -> None:
+        """Started anew within an attempt: what comes once more, since nobody had said that it was written, is known."""
+        records = read(self._journal.path).records
+        mine = [record for record in records if record["attempt"] == self._journal.attempt][-REMEMBERED:]
+        self._known = [{key: value for key, value in record.items() if key not in HEAD} for record in mine]
 
     def deliver(self, rank: int, records: list[dict[str, Any]], where: dict[str, Any]) -> bool:
         """Append a worker's records durably, note its heartbeat, and answer whether it should stop."""
         self._heartbeats[rank] = (time.monotonic(), where)
         if time.monotonic() - self._noted > SPENT_SECONDS:
             self._note_spent()
-        if records:
-            self._journal.write_many(records)
-            self._journal.sync()
+        self._write(records)
         return self._stop
 
     def record(self, record: dict[str, Any]) -> None:
         """The driver's own records."""
-        self._journal.write(record)
-        self._journal.sync()
+        self._write([record])
 
     def request_stop(self) -> None:
         """Ask all workers to finish their step, commit and leave."""
@@ -53,6 +58,12 @@ class Board:
         """Note how the time was spent, and close the journal."""
         self._note_spent()
         self._journal.close()
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        new = [record for record in records if not self._known or as_read(record) not in self._known]
+        if new:
+            self._journal.write_many(new)
+            self._journal.sync()
 
     def _note_spent(self) -> None:
         """By rank, since its worker began: seconds in each phase, and `silent`, since it was last heard."""

@@ -22,12 +22,13 @@ from types import FrameType
 from typing import NamedTuple
 
 from pipeline import config as configs
-from pipeline.cluster import history, lease, output, worker
+from pipeline.cluster import history, lease, metrics, output, worker
 from pipeline.cluster.attempt import Attempt, Solo
 from pipeline.cluster.failure import Failure, diagnose, first_line
 from pipeline.cluster.supervise import supervise
 from pipeline.config import Config
 from pipeline.track import journal
+from pipeline.track.code import version as code_version
 from pipeline.track.console import Console
 from pipeline.track.wandb import Wandb
 
@@ -115,7 +116,7 @@ def attempts(config: Config, folder: Path, console: Console, stop: threading.Eve
                 code = AGAIN
                 break
             attempt = launcher.start(lease.new_attempt(folder), workers)
-            facts = {"workers": workers, "restarts": len(failures), "relaunch": relaunch}
+            facts = {"workers": workers, "restarts": len(failures), "relaunch": relaunch, "code": code_version()}
             attempt.record({"kind": "attempt", **facts})
             relaunch = True
             error, resize = supervise(attempt, stop, config)
@@ -199,14 +200,19 @@ def stop_signals(console: Console, stop: threading.Event | None = None) -> Itera
 
 @contextmanager
 def sinks(config: Config, folder: Path, console: Console) -> Iterator[Wandb]:
-    """Feed the terminal and W&B with the journal's new records, in a thread, until the block ends and all are shown."""
+    """Feed the terminal and W&B with the journal's new records, the gauges with all, in a thread, until the block ends
+    and all are shown.
+    """
     path = folder / "journal.jsonl"
     seen = len(journal.read(path).records)
+    gauges = None if config.cluster.workers == 0 else metrics.Gauges(config)
     tracking = Wandb(config.track, folder, config.name, config.model_dump(mode="json"), console.say)
     ended = threading.Event()
 
     def feed() -> None:
         for place, record in enumerate(journal.follow(path, ended)):
+            if gauges:
+                gauges.write(record)
             if place >= seen:
                 if record["kind"] in ("start", "restore"):  # not before: one that is refused is not the run's
                     history.save_configuration(config, folder)
@@ -220,6 +226,8 @@ def sinks(config: Config, folder: Path, console: Console) -> Iterator[Wandb]:
     finally:
         ended.set()
         thread.join()
+        if gauges:
+            gauges.close()
         tracking.close()
 
 

@@ -60,6 +60,7 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=100 * 2**20,
+                _metrics_export_port=config.cluster.metrics_port,
                 _temp_dir=scratch,
             )
         else:
@@ -109,7 +110,10 @@ class Attempt:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.config, self.folder, self.number, self.workers = config, folder, number, workers
         self.use_gpu, self.new_order = use_gpu, new_order
-        actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here)
+        # A board that is killed is started anew, and what it had not answered is asked again: the attempt goes on.
+        anew = {"max_restarts": -1, "max_task_retries": -1}
+        actor = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here, **anew)
+        self._stopping = False
         self.board: Any = actor.remote(folder / "journal.jsonl", number)
 
     def record(self, record: dict[str, Any]) -> None:
@@ -120,11 +124,14 @@ class Attempt:
     def request_stop(self) -> None:
         import ray
 
+        self._stopping = True
         ray.get(self.board.request_stop.remote())
 
     def heartbeats(self) -> dict[int, dict[str, Any]]:
         import ray
 
+        if self._stopping:  # a board that was started anew does not know
+            self.board.request_stop.remote()
         return ray.get(self.board.heartbeats.remote())
 
     def capacity(self) -> int:
@@ -195,6 +202,17 @@ class Attempt:
 
         ray.get(self.board.close.remote())
         ray.kill(self.board)
+
+
+class _Board(Board):
+    """The board as an actor."""
+
+    def __init__(self, journal: Path, attempt: int) -> None:
+        import ray
+
+        super().__init__(journal, attempt)
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self.remember()
 
 
 def _worker(work: dict[str, Any]) -> None:

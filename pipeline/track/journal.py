@@ -8,9 +8,9 @@ over and named.
 
     {"v":1,"attempt":1,"seq":17,"time":1700000000.1,"kind":"step","step":3,"metrics":{"train/loss":2.3},"crc":"8 hex"}
 
-JOURNAL.md lists the kinds and their fields. `seq` counts all lines of the file. `time` is for people; order never
-follows from it. A number that is not finite is written as null, since JSON has none. It gives up compactness (about
-400 bytes a step) for being readable by anything.
+Kinds and keys stand in schema.py. `seq` counts all lines of the file. `time` is for people; order never follows from
+it. A number that is not finite is written as null, since JSON has none. It gives up compactness (about 400 bytes a
+step) for being readable by anything.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pydantic_core import from_json  # a quarter of the time of `json.loads` on 
 from pipeline.errors import RunError
 
 VERSION = 1
+HEAD = ("v", "attempt", "seq", "time")  # what the journal itself puts before a record
 POLL_SECONDS = 0.1
 _CRC = b',"crc":"'
 _TAIL = len(_CRC) + len('01234567"}')
@@ -112,6 +113,11 @@ class Reading(NamedTuple):
 
     records: list[Record]
     problems: list[str]
+
+
+def as_read(record: Mapping[str, Any]) -> Record:
+    """The record as `read` gives it back: numbers of numpy as Python's, what is not finite as None."""
+    return _record(_line(dict(record)).rstrip(b"\n")) or {}
 
 
 def read(path: Path) -> Reading:
