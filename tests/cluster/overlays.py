@@ -1,6 +1,6 @@
 """The overlays of k8s/ beside what the code renders: each says at its head which command renders the same.
 
-    python -m tests.cluster.overlays      writes the base, each overlay's config.yaml, and k8s/rendered/ anew
+python -m tests.cluster.overlays      writes the base, each overlay's config.yaml, and k8s/rendered/ anew
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline import config as configs
 from pipeline import yaml_file
 from pipeline.cluster import kubernetes
 from pipeline.cluster.kubernetes_manifest import items, section, text
-from pipeline.cluster.submission import CONFIG, Submission
+from pipeline.cluster.submission import Submission
 from pipeline.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,7 @@ def submission(words: list[str]) -> tuple[Config, Submission]:
     return config, run
 
 
+@cache
 def render(overlay: str) -> dict[str, str]:
     return kubernetes.render(*submission(command(overlay)))
 
@@ -85,11 +87,18 @@ def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
     """The pods of a RayJob or RayCluster as objects of the core API, which has schemas for them."""
     spec = document["spec"]
     cluster = section(spec, "rayClusterSpec") or spec
-    templates = [section(group, "template") for group in [cluster["headGroupSpec"], *items(cluster, "workerGroupSpecs")]]
+    templates = [
+        section(group, "template") for group in [cluster["headGroupSpec"], *items(cluster, "workerGroupSpecs")]
+    ]
     templates += [spec["submitterPodTemplate"]] if "submitterPodTemplate" in spec else []
     name = text(document, "metadata.name")
     return [
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, **section(each, "metadata")}, "spec": each["spec"]}
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, **section(each, "metadata")},
+            "spec": each["spec"],
+        }
         for each in templates
     ]
 
