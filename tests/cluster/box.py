@@ -2,7 +2,7 @@
 
 A base image is made of Debian's packages (debootstrap), for registries cannot be counted on; k8s/Dockerfile is built
 on it, with this machine's way to Python packages. A container runs as the image's user, without any capability or
-new privilege, its root filesystem read-only, in a network namespace that the test makes.
+new privilege, its root filesystem read-only, on a network that leads nowhere else.
 
 What it is not: a kubelet. Limits of memory and CPU are not enforced, and nobody starts a container again.
 """
@@ -76,25 +76,64 @@ def build() -> str:
     return run("buildah", "inspect", "--format={{.FromImageID}}", IMAGE)
 
 
+class Network:
+    """Network namespaces on a switch that leads nowhere else; each lives as long as a shell that this process holds."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.shells: dict[str, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> Network:
+        switch = self._shell("switch")
+        self._ip(switch, "ip link add br0 type bridge && ip link set br0 up")
+        for number, name in enumerate(self.names):
+            pid = self._shell(name)
+            self._ip(switch, f"ip link add p{number} type veth peer name eth0 netns {pid}")
+            self._ip(switch, f"ip link set p{number} master br0 up")
+            self._ip(pid, f"ip addr add {self.address(name)}/24 dev eth0; ip link set eth0 up; ip link set lo up")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for shell in self.shells.values():
+            shell.communicate()
+
+    def address(self, name: str) -> str:
+        return f"10.89.77.{10 + self.names.index(name)}"
+
+    def namespace(self, name: str) -> str:
+        return f"/proc/{self.shells[name].pid}/ns/net"
+
+    def _shell(self, name: str) -> int:
+        command = ["unshare", "--net", "bash", "-c", "echo up; while read -r line; do :; done"]
+        shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.shells[name] = shell
+        assert shell.stdout is not None and shell.stdout.readline() == "up\n"
+        return shell.pid
+
+    def _ip(self, pid: int, script: str) -> None:
+        run("nsenter", "--net", "--target", str(pid), "bash", "-c", script)
+
+
 def start(
     name: str,
-    namespace: str,
+    network: Network,
     command: Sequence[str],
     *,
     env: Mapping[str, str],
     mounts: Mapping[Path, str],
     log: Path,
 ) -> subprocess.Popen[bytes]:
-    """A container in the network namespace `namespace`; mounts: folder here -> path there."""
+    """A container with the address of `name`; mounts: folder here -> path there. SIGTERM to it goes to its process 1."""
     # crun does not take cgroups of both versions: the second is put out of sight in a mount namespace of our own.
     shell = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec podman "$@"'
+    hosts = [f"--add-host={other}:{network.address(other)}" for other in network.names]
     options = [
         "--cgroup-manager=cgroupfs",
         "run",
         "--rm",
-        f"--name={name}",
-        f"--hostname={name}",
-        f"--network=ns:/run/netns/{namespace}",
+        "--replace",
+        f"--name=millstream-{name}",
+        f"--network=ns:{network.namespace(name)}",
         "--cgroups=disabled",
         "--no-healthcheck",
         "--pull=never",
@@ -106,6 +145,7 @@ def start(
         "--shm-size=512m",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
+        *hosts,
         *(f"--env={key}={value}" for key, value in env.items()),
         *(f"--volume={here}:{there}" for here, there in mounts.items()),
         IMAGE,
