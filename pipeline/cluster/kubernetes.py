@@ -13,6 +13,7 @@ logs/driver.log in the run's folder has it.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping
@@ -153,7 +154,7 @@ def _ask(command: list[str], *, given: str = "", seconds: float = ANSWER_SECONDS
     except subprocess.TimeoutExpired:
         raise RunError(f"`{shlex.join(command)}` did not answer within {seconds:.0f} s: is the cluster up?") from None
     if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip()
+        said = re.sub(r"^[EWI]\d{4} .*\n", "", done.stderr, flags=re.MULTILINE).strip() or done.stdout.strip()
         raise RunError(f"`{shlex.join(command)}` failed: {said}{_mend(said)}")
     return done.stdout
 

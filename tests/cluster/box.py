@@ -123,7 +123,7 @@ def start(
     mounts: Mapping[Path, str],
     log: Path,
 ) -> subprocess.Popen[bytes]:
-    """A container with the address of `name`; mounts: folder here -> path there. SIGTERM to it goes to its process 1."""
+    """A container with the address of `name`; mounts: folder here -> path there. SIGTERM goes on to its process 1."""
     # crun does not take cgroups of both versions: the second is put out of sight in a mount namespace of our own.
     shell = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec podman "$@"'
     hosts = [f"--add-host={other}:{network.address(other)}" for other in network.names]

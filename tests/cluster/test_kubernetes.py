@@ -81,6 +81,7 @@ def test_ray_objects_hold_their_schemas(overlay: str) -> None:
             "BOTH onSuccess",
         ),
     ],
+    ids=["misspelt", "number", "word", "container", "rule", "rules"],
 )
 def test_schemas_refuse(line: str, instead: str, complaint: str) -> None:
     text = overlays.render("cpu")["rayjob.yaml"]
