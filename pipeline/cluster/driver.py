@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -87,8 +87,7 @@ def under_ray(
             lambda number, workers: ray.Attempt(config, folder, number, workers, use_gpu, new_order),
             lambda: nodes.capacity(config.cluster, use_gpu, asking=True),
         )
-        with nodes.asked_for(config.cluster, use_gpu) if address else nullcontext():
-            return attempts(config, folder, console, stop, launcher)
+        return attempts(config, folder, console, stop, launcher)
 
 
 class Launcher(NamedTuple):

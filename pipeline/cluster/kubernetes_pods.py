@@ -87,7 +87,7 @@ def _workers(run: Submission, size: Size) -> dict[str, Any]:
         annotations = {"annotations": {"kueue.x-k8s.io/podset-required-topology": options["topology"]}}
     return {
         "groupName": GROUP["ray.io/group"],
-        "replicas": size.least if "autoscale" in options else size.pods,
+        "replicas": size.pods,
         "minReplicas": size.least if "autoscale" in options else size.pods,
         "maxReplicas": size.pods,
         "rayStartParams": {

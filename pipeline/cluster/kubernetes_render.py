@@ -44,7 +44,7 @@ OPTIONS = {
     "queue": "LocalQueue of Kueue: starts suspended",
     "topology": "level of Kueue's topology that holds all workers",
     "volcano": "queue of Volcano, where the operator schedules with it",
-    "autoscale": "flag: pods come as they are needed, from cluster.min_workers on",
+    "autoscale": "flag: pods that nothing uses are given back, down to cluster.min_workers",
     "redis": "HOST:PORT where the state of Ray's head outlives it",
     "monitor": "namespace of Prometheus: adds a PodMonitor",
     "operator": "namespace of KubeRay; kuberay-system",

@@ -8,8 +8,7 @@ counted whole, since Ray knows what is taken but not for how long.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import NamedTuple
 
 from pipeline.sections import Cluster
@@ -51,19 +50,6 @@ def capacity(cluster: Cluster, use_gpu: bool, *, asking: bool = False) -> int:
     """Workers that the cluster can hold now. `asking`: only nodes that answer at this moment count."""
     found = usable(cluster, use_gpu)
     return sum(node.slots for node in found if not asking or _answers(node))
-
-
-@contextmanager
-def asked_for(cluster: Cluster, use_gpu: bool) -> Iterator[None]:
-    """Tell the autoscaler, if the cluster has one, of all workers: those that wait for room ask Ray for nothing."""
-    from ray.autoscaler.sdk import request_resources
-
-    worker = {"CPU": cluster.threads_per_worker, **({"GPU": 1} if use_gpu else {})}
-    request_resources(bundles=[worker] * cluster.workers)
-    try:
-        yield
-    finally:
-        request_resources(bundles=[])  # or it would keep the nodes for nobody
 
 
 def _answers(node: Node) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from pipeline.cluster import kubernetes
+from pipeline.cluster import kubernetes, pod_security
+from pipeline.cluster.kubernetes_manifest import Manifest, Run
 from pipeline.cluster.kubernetes_pods import RAY_VERSION
 from pipeline.cluster.submission import CONFIG
 from pipeline.errors import ConfigError
@@ -108,6 +109,15 @@ def test_what_a_namespace_needs_once_holds_its_schemas() -> None:
     assert sorted(each["kind"] for each in found) == ["Namespace", "PersistentVolumeClaim", "Role", "RoleBinding"]
     assert [schemas.of_core(document) for document in found] == [[], [], [], []]
     assert found[0]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_the_pod_to_look_around_with_is_restricted() -> None:
+    pod = yaml.safe_load((K8S / "once/hands.yaml").read_text())
+    assert schemas.of_core(pod) == []
+    job = yaml.safe_load(overlays.render("cpu")["rayjob.yaml"])
+    job["spec"]["submitterPodTemplate"] = {"metadata": {}, "spec": pod["spec"]}
+    run = Run(Manifest("rayjob.yaml", job, {}), (), {})
+    assert [*pod_security.restricted(run), *pod_security.tokens(run), *pod_security.read_only(run)] == []
 
 
 def test_rendering_depends_on_nothing_but_its_arguments() -> None:
