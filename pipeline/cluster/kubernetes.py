@@ -77,7 +77,16 @@ def submit(rendered: Mapping[str, str], run: Submission) -> str:
         _ask([*place.kubectl, "delete", kind, place.name, "--wait"], seconds=DELETE_SECONDS)
     last = f"{kind}.yaml"
     others = [content for name, content in rendered.items() if name not in (CONFIG, last)]
-    apply = [*place.kubectl, "apply", "--server-side", "--field-manager=millstream", "--validate=strict", "-f", "-"]
+    apply = [
+        *place.kubectl,
+        "apply",
+        "--server-side",
+        "--field-manager=millstream",
+        "--force-conflicts",
+        "--validate=strict",
+        "-f",
+        "-",
+    ]
     for content in ("---\n".join(others), rendered[last]):
         if content:
             _ask(apply, given=content)
