@@ -84,6 +84,7 @@ def install(definitions: Path) -> None:
     for path in sorted(definitions.glob("*ray*.yaml")):
         kubectl("create", "-f", str(path))
     kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
+    shutil.rmtree(os.environ["KUBECACHEDIR"], ignore_errors=True)  # where kubectl keeps that there were none
 
 
 def play_operator(kind: str, name: str, **status: Any) -> None:
