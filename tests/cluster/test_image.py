@@ -1,0 +1,156 @@
+"""The image as restricted pods run it: a Ray cluster of three containers trains, and one is drained by SIGTERM.
+
+Commands, variables and rights are those of the rendered manifest; the operator's part, which joins them, is played
+here: `ulimit -n 65536; ray start ... --block` for each group (pod.go of KubeRay), a token, and the submitter.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.cluster import kubernetes
+from pipeline.cluster.kubernetes_manifest import CONFIGMAP_MOUNT, items, section
+from pipeline.track import journal
+from tests import small_data
+from tests.cluster import box, overlays
+from tests.test_train import RESNET
+
+MISSING = ", ".join(box.missing())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.root,
+    pytest.mark.skipif(bool(MISSING) or os.geteuid() != 0, reason=f"needs root and {MISSING or 'what is here'}"),
+]
+PATIENCE = 300.0  # seconds until what was asked for must be there; the machine may be busy
+STEPS = 1500
+
+
+@pytest.mark.timeout(2400)  # the image is built the first time
+def test_three_restricted_containers_train_and_one_is_drained(tmp_path: Path) -> None:
+    box.build()
+    job = prepare(tmp_path)
+    cluster = job["spec"]["rayClusterSpec"]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    mounts = {tmp_path / "storage": "/storage", tmp_path / "etc": CONFIGMAP_MOUNT}
+    with ExitStack() as stack, box.Network(["head", "worker-1", "worker-2", "submitter"]) as network:
+        dashboard = f"http://{network.address('head')}:8265"
+
+        def begin(name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+            log = tmp_path / f"{name}.log"
+            process = box.start(name, network, command, env={**env, **token}, mounts=mounts, log=log)
+            stack.callback(end, process)
+            return process
+
+        head = cluster["headGroupSpec"]
+        begin("head", start_ray(head, network.address("head")), environment(head))
+        wait_for(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), tmp_path / "head.log")
+        group, address = cluster["workerGroupSpecs"][0], f"{network.address('head')}:6379"
+        workers = []
+        for name in ("worker-1", "worker-2"):
+            workers.append(begin(name, start_ray(group, network.address(name), address), environment(group)))
+        for name in ("worker-1", "worker-2"):
+            log = tmp_path / f"{name}.log"
+            wait_for(lambda log=log: "Ray runtime started" in log.read_text(), log)
+        submit = ["ray", "job", "submit", f"--address={dashboard}", "--", *job["spec"]["entrypoint"].split()]
+        submitter = begin("submitter", submit, environment(job["spec"]["submitterPodTemplate"]))
+
+        folder, told = tmp_path / "storage/runs/digits", tmp_path / "submitter.log"
+        wait_for(lambda: len(steps(folder)) > 5, told)
+        assert_rights(network)
+        workers[1].send_signal(signal.SIGTERM)  # as the kubelet does
+        assert workers[1].wait(timeout=PATIENCE) is not None
+        assert submitter.wait(timeout=2 * PATIENCE) == 0, told.read_text()[-3000:]
+
+    records = journal.read(folder / "journal.jsonl").records
+    assert [each["workers"] for each in records if each["kind"] == "attempt"] == [2, 1]
+    assert ["is about to leave" in each["message"] for each in records if each["kind"] == "resize"] == [True]
+    assert not [each for each in records if each["kind"] == "failure"]
+    assert steps(folder) == list(range(STEPS)), "a step was lost, or done twice"
+    assert [each["reason"] for each in records if each["kind"] == "end"][-1] == "done"
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """A run on a claim and in a ConfigMap, both folders here; its RayJob."""
+    storage = folder / "storage"
+    data = small_data.images(storage / "data")
+    toy = folder / "toy.yaml"
+    changes = {"workers": 2, "min_workers": 1, "wait_seconds": 120}
+    small_data.config(toy, RESNET, data, name="digits", steps=STEPS, checkpoint={"every": 500}, cluster=changes)
+    words = [str(toy), "runs=/storage/runs", "data.train=/storage/data", "data.evaluate={}"]
+    config, run = overlays.submission([*words, "--folder", "/storage", "--image", "localhost/millstream:0.1.0"])
+    rendered = kubernetes.render(config, replace(run, options={"nodes": "2", "grace": "100"}))
+    assert kubernetes.lint(rendered) == []
+    (folder / "etc").mkdir()
+    (folder / "etc/config.yaml").write_text(rendered["config.yaml"])
+    for path in [folder, *folder.rglob("*")]:
+        os.chown(path, 1000, 1000)
+    return yaml.safe_load(rendered["rayjob.yaml"])
+
+
+def environment(group: dict[str, Any]) -> dict[str, str]:
+    """Variables of a group's container, as the manifest has them."""
+    pod = section(group, "template.spec") or section(group, "spec")
+    return {item["name"]: item["value"] for item in items(pod["containers"][0], "env")}
+
+
+def start_ray(group: dict[str, Any], own: str, head: str | None = None) -> list[str]:
+    """The command that KubeRay makes of rayStartParams."""
+    place = ["--head", "--port=6379"] if head is None else [f"--address={head}"]
+    params = [f"--{name}={value}" for name, value in group["rayStartParams"].items()]
+    words = ["ray", "start", *place, "--block", f"--node-ip-address={own}", *params]
+    return ["bash", "-c", f"ulimit -n 8192; {' '.join(words)}"]
+
+
+def assert_rights(network: box.Network) -> None:
+    """User, capabilities and root filesystem of each container's process 1, as the kernel tells them."""
+    networks = {os.readlink(network.namespace(name)): name for name in network.names}
+    seen = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            name = networks.get(os.readlink(process / "ns/net"))
+            status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+            if name is None or status["NSpid"].split()[-1] != "1" or len(status["NSpid"].split()) < 2:
+                continue
+            seen.add(name)
+            mounts = [line.split() for line in (process / "mounts").read_text().splitlines()]
+            assert status["Uid"].split() == status["Gid"].split() == ["1000"] * 4
+            assert all(int(status[f"Cap{kind}"], 16) == 0 for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb"))
+            assert status["NoNewPrivs"].strip() == "1" and status["Seccomp"].strip() == "2"
+            assert "ro" in next(mount for mount in mounts if mount[1] == "/")[3].split(",")
+    assert seen == {"head", "worker-1", "worker-2", "submitter"}
+
+
+def steps(folder: Path) -> list[int]:
+    path = folder / "journal.jsonl"
+    if not path.exists():
+        return []
+    return [each["step"] for each in journal.read(path).records if each["kind"] == "step"]
+
+
+def wait_for(there: Any, log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not there():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.5)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and after a while SIGKILL to all of it, as a kubelet does."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
