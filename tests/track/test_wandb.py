@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,11 +142,19 @@ def test_off_makes_nothing_and_imports_nothing(tmp_path: Path, environment: dict
     assert os.listdir(tmp_path / "run") == []
 
 
-# W&B's own process is killed then; its parent here is W&B, which does not ask what became of it.
-killed = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture
+def killed() -> Iterator[None]:
+    """W&B's own process is killed in the test, and W&B here does not ask what became of it; that is no leak."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        for thread in threading.enumerate():
+            if thread.name == "wandb":
+                thread.join(30)
+        gc.collect()
 
 
-@killed
+@pytest.mark.usefixtures("killed")
 @pytest.mark.parametrize("records", [3, 20_000])
 def test_failure_is_one_line_and_never_raised(tmp_path: Path, environment: dict[str, str], records: int) -> None:
     (tmp_path / "run.json").mkdir()  # W&B's id cannot be kept there
@@ -157,7 +169,7 @@ def test_failure_is_one_line_and_never_raised(tmp_path: Path, environment: dict[
     )
 
 
-@killed
+@pytest.mark.usefixtures("killed")
 def test_falling_behind_ends_it(tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.track.wandb.sink.BEHIND", 10)
     lines: list[str] = []
