@@ -26,7 +26,7 @@ from tests.test_train import RESNET
 
 SECONDS = 400  # that a run may take; the test fails then
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]  # many starts of workers
 
 
 @pytest.fixture(scope="module")
