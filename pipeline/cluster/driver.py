@@ -164,18 +164,23 @@ def after(failures: list[Failure], config: Config, stopping: bool) -> tuple[int 
 
 @contextmanager
 def stop_signals(console: Console, stop: threading.Event | None = None) -> Iterator[threading.Event]:
-    """SIGINT or SIGTERM asks for a stop after the step in hand; a second one leaves at once, the checkpoint intact."""
+    """SIGINT or SIGTERM asks for a stop after the step in hand; a later SIGINT leaves at once, the checkpoint intact.
+
+    A later SIGTERM does not: a cluster that takes its machines back says so more than once.
+    """
     stop = stop or threading.Event()
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield stop
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGTERM:
+            return
         if stop.is_set():
             console.say("leaving at once; the same command goes on from the last checkpoint", style="yellow")
             os._exit(AGAIN)
         stop.set()
-        console.say("stopping: finishing the step and saving; once more to leave at once", style="yellow")
+        console.say("stopping: finishing the step and saving; Ctrl-C once more to leave at once", style="yellow")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

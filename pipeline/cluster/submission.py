@@ -1,8 +1,8 @@
 """A run on its way to a cluster, described once for every kind of cluster, and what a kind of cluster can do with it.
 
-A target is a module of functions (`Target`): jobs.py sends to a Ray head, slurm.py to a Slurm controller, kubernetes.py
-to an API server. Rendering is pure: the same configuration and submission give the same text, whatever machine it is on,
-so what leaves can be printed, kept beside the code, and checked before anything is sent.
+A target is a module of functions (`Target`): jobs.py sends to a Ray head, slurm.py to a Slurm controller,
+kubernetes.py to an API server. Rendering is pure: the same configuration and submission give the same text, on whatever
+machine, so what leaves can be printed, kept beside the code, and checked before anything is sent.
 
     configuration, options -> Submission -> render -> lint -> submit -> id -> status, logs, stop
 
@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.problems import Problem
 
 CONFIG = "config.yaml"  # the rendered file that holds Submission.text; every target renders it
+SENT = "submitted"  # folder of what was sent: submitted/<name>/
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Submission:
     folder: PurePosixPath  # at the target: shared by its nodes; relative paths of the configuration begin there
     image: str | None = None  # container image; None: what is installed at the target
     files: Mapping[str, Path] = field(default_factory=dict)  # code that is sent: name at the target -> file here
+    elastic: bool = False  # whether it goes on with fewer workers when some are lost
+    sweep: tuple[str, ...] = ()  # instead of `text`, one whole configuration per member, each a run of its own
     where: str | None = None  # address, context or namespace of the target; None: what its own tools take
     options: Mapping[str, str] = field(default_factory=dict)  # the target's own, such as {"partition": "gpu"}
 
