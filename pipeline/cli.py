@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import cli_checkpoint, cli_data, cli_resume
+from pipeline import cli_checkpoint, cli_data, cli_resume, cli_submit
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
@@ -23,6 +23,7 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
 app = typer.Typer(name="millstream", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
+app.add_typer(cli_submit.app, name="submit")
 
 
 def main() -> None:

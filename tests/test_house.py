@@ -46,7 +46,7 @@ LAYERS = [
     ["saving"],
     ["train"],
     ["cluster", "plan", "track.page", "verify_resume"],
-    ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_resume", "terminal", "__init__", "__main__"],
+    ["cli", "cli_data", "cli_checkpoint", "cli_export", "cli_resume", "cli_submit", "terminal", "__init__", "__main__"],
 ]
 FENCES = {
     "ray": ["cluster"],

@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from pipeline.cluster import code
 from pipeline.cluster.slurm_lint import lint
 from pipeline.cluster.slurm_script import BODY, SCRIPT
 from pipeline.cluster.submission import CONFIG, SENT, State, Submission
@@ -52,6 +53,9 @@ def render(config: Config, run: Submission) -> dict[str, str]:
 def submit(rendered: Mapping[str, str], run: Submission) -> str:
     """Queue the job; its id is the path of its log without the ending: the folder of what was sent, and its number."""
     folder = Path(home(run))
+    if not (folder / SCRIPT).is_file():
+        raise RunError(f"{folder} is not here: submit from a machine that shares --folder with the nodes")
+    code.stage(run.files, folder / "code")
     command = ["sbatch", "--parsable", str(folder / SCRIPT)]
     number = _ask(command).strip().partition(";")[0]
     return str(folder / number)
@@ -174,12 +178,12 @@ def _accounted(number: str) -> State:
     first = next(iter(told.splitlines()), "")
     if not first:
         return State("unknown", "Slurm remembers it no more; the log and the run folder say what became of it")
-    state, _, code = first.partition("|")
-    return _word(state.split()[0], code, "")
+    state, _, exit_code = first.partition("|")
+    return _word(state.split()[0], exit_code, "")
 
 
-def _word(state: str, code: str, reason: str) -> State:
-    detail = f"{state}, exit code {code}" if code not in ("", "0:0") else state
+def _word(state: str, exit_code: str, reason: str) -> State:
+    detail = f"{state}, exit code {exit_code}" if exit_code not in ("", "0:0") else state
     detail += f", {reason}" if reason not in ("", "None") else ""
     if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING", "SUSPENDED"):
         return State("waiting", detail)
@@ -187,7 +191,7 @@ def _word(state: str, code: str, reason: str) -> State:
         return State("running", detail)
     if state == "COMPLETED":
         return State("done", detail)
-    return State("stopped" if state == "CANCELLED" or code == "75:0" else "failed", detail)
+    return State("stopped" if state == "CANCELLED" or exit_code == "75:0" else "failed", detail)
 
 
 def _number(id: str) -> str:
