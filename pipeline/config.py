@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 
 from pipeline import rules, task_file, yaml_file
-from pipeline.problems import InvalidConfig, explain, readable
+from pipeline.problems import InvalidConfig, Problem, explain, readable
 from pipeline.sections import (
     Checkpoint,
     Cluster,
@@ -100,6 +100,12 @@ def resolve(config: Config, folder: Path | None = None) -> Config:
     Relative ones begin in `folder`, or in the working directory.
     """
     return _absolute(config, folder or Path.cwd())
+
+
+def unseen(config: Config) -> list[Problem]:
+    """What `load` finds on disk and `load_resolved` does not ask for: data folders and a task's files."""
+    values = config.model_dump()
+    return rules.folders(rules.Known(readable(Config, values, []) | {"task": values["task"]}))
 
 
 def dump(config: Config) -> str:

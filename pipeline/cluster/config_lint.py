@@ -6,7 +6,7 @@ what only the way to another machine can break.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -77,7 +77,7 @@ def workers(values: Mapping[str, Any]) -> int:
     return said if isinstance(said, int) else 2
 
 
-def _at(values: Any, pattern: list[str], place: str) -> list[tuple[str, Any]]:
+def _at(values: Any, pattern: Sequence[str], place: str) -> list[tuple[str, Any]]:
     """(dotted key, value) of everything in `values` that a pattern of keys and * matches."""
     if not pattern:
         return [(place.removeprefix("."), values)]

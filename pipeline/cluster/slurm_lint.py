@@ -150,7 +150,7 @@ def _variables(script: Script) -> None:
         if name in script.values and script.number(name) is None:
             script.say(name, f"{script.word(name)!r} is no number", RENDER)
     python, folder = Path(script.word("PYTHON")), Path(script.word("FOLDER"))
-    if python.is_absolute() and folder.is_dir() and not script.values.get("INSIDE", (0, []))[1] and not python.exists():
+    if folder.is_dir() and python.is_relative_to(folder) and not python.exists():  # elsewhere only the nodes know
         mend = "launch/setup makes .venv in that folder; another one is named by -o python=/path/to/bin/python"
         script.say("PYTHON", f"there is no {python}", mend)
 

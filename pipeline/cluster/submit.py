@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline import config as configs
-from pipeline import rules
 from pipeline.cluster import code, history, jobs, lease, secrecy, slurm
 from pipeline.cluster.submission import CONFIG, SENT, State, Submission, Target
 from pipeline.config import Config
@@ -116,8 +115,7 @@ def load(request: Request, folder: Path, overrides: Iterable[str]) -> tuple[Conf
     """
     if folder != Path.cwd():
         config = configs.resolve(configs.load_resolved(request.config, overrides), folder)
-        known = rules.Known(config.model_dump())
-        return config, rules.folders(known) if folder.is_dir() else []
+        return config, configs.unseen(config) if folder.is_dir() else []
     try:
         return configs.resolve(configs.load(request.config, overrides)), []
     except InvalidConfig as error:
