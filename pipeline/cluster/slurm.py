@@ -146,7 +146,7 @@ def _variables(run: Submission, own: Mapping[str, str]) -> dict[str, str]:
         "FOLDER": quote(str(folder)),
         "JOB": quote(str(home(run))),
         "CONFIG": f"$JOB/{config}",
-        "CODE": "$JOB/code" if run.files else "$FOLDER",
+        "CODE": "$JOB/code:$FOLDER" if run.files else "$FOLDER",
         "PYTHON": quote(python),
         "SLOTS": str(per_node * run.threads),
         "GPUS": str(per_node * run.gpus),

@@ -242,7 +242,7 @@ def test_bash_reads_what_is_rendered(tmp_path: Path) -> None:
     show = 'printf "%s\\n" "$FOLDER" "$JOB" "$CONFIG" "$CODE" "$PYTHON" "$SECRETS" "${#STEP[@]}"'
     done = subprocess.run(["bash", "-uc", script + show], capture_output=True, text=True, check=True)
     job = f"{odd}/submitted/small"
-    want = [str(odd), job, f"{job}/config.yaml", str(odd), "/opt/my python/bin/python", "/x/a 'b'", "0"]
+    want = [str(odd), job, f"{job}/config.yaml", f"{job}/code:{odd}", "/opt/my python/bin/python", "/x/a 'b'", "0"]
     assert done.stdout.splitlines() == want
 
 
