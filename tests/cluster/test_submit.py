@@ -1,0 +1,301 @@
+"""What leaves, and what does not: paths, code, secrets, the state of the run; and by what a job that has left is found
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster import code, lease, secrecy, slurm, submit
+from pipeline.cluster.submission import State, Submission
+from pipeline.cluster.submit import Plan, Request, Sent, combinations, find, prepare, send
+from pipeline.config import Config, load
+from pipeline.errors import ConfigError, RunError
+from pipeline.problems import InvalidConfig, Problem
+from pipeline.yaml_file import Loader
+from tests.checkpoint import small_checkpoint
+from tests.small_project import project
+
+__all__ = ["project"]  # a fixture for every test here
+
+CANARY = "canary-9f3b27d1c0"
+
+
+def plan(**changes: object) -> Plan:
+    return prepare(Request(**{"target": "ray", "config": Path("good.yaml"), **changes}))  # type: ignore[arg-type]
+
+
+def said(plan: Plan) -> str:
+    return "\n".join(map(str, plan.problems))
+
+
+# ---------------------------------------------------------------- paths
+def test_paths_begin_in_the_folder_at_the_target(tmp_path: Path) -> None:
+    here = Loader(plan().rendered["config.yaml"]).get_single_data()
+    assert here["runs"] == str(tmp_path / "runs") and here["data"]["evaluate"]["test"] == str(tmp_path / "data/test")
+    there = plan(folder=Path("/shared/team"))
+    values = Loader(there.rendered["config.yaml"]).get_single_data()
+    assert values["runs"] == "/shared/team/runs" and values["data"]["train"]["train"]["folder"].startswith("/shared/")
+    assert there.problems == [] and any("cannot be seen from here" in note for note in there.notes)
+    assert there.home == tmp_path / "submitted/small"
+
+
+def test_data_is_looked_for_where_it_can_be_seen(tmp_path: Path) -> None:
+    assert "there is no data/trian" in said(plan(overrides=("data.train=data/trian",)))
+    (tmp_path / "other").mkdir()
+    assert f"there is no {tmp_path}/other/data/train" in said(plan(folder=tmp_path / "other"))
+
+
+def test_a_configuration_that_is_wrong_in_itself_is_never_rendered() -> None:
+    with pytest.raises(InvalidConfig, match="steps"):
+        plan(overrides=("steps=none",))
+    with pytest.raises(InvalidConfig, match="each needs one"):  # the split at the target's world size
+        plan(folder=Path("/shared"), overrides=("cluster.workers=5",))
+
+
+def test_the_same_request_renders_the_same_text() -> None:
+    assert plan().rendered == plan().rendered
+    assert (
+        plan(target="slurm", options={"nodes": "2"}).rendered == plan(target="slurm", options={"nodes": "2"}).rendered
+    )
+
+
+# ---------------------------------------------------------------- the run
+def test_a_run_that_is_being_trained_is_not_sent(tmp_path: Path) -> None:
+    with lease.take(tmp_path / "runs/small", say=print):
+        assert "is being trained" in said(plan())
+    assert plan().problems == []
+
+
+def test_a_run_that_is_done_or_has_lost_its_checkpoints_is_not_sent(tmp_path: Path) -> None:
+    folder = tmp_path / "runs/small"
+    saved = small_checkpoint.save(folder / "checkpoints", 100)
+    assert "is done: step 100 is committed" in said(plan())
+    assert plan(overrides=("steps=200",)).problems == []
+    from pipeline.track.journal import Journal
+
+    with_save = Journal(folder / "journal.jsonl", attempt=1)
+    with_save.write({"kind": "save", "step": 100})
+    with_save.close()
+    saved.rename(tmp_path / "away")
+    assert "step 100 was saved there" in said(plan())
+
+
+# ---------------------------------------------------------------- code
+def test_code_goes_along_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("house/.env", "house/data.tar", "house/weights.safetensors", "house/notes.txt", "house/.git/x.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(CANARY)
+    (tmp_path / "house/more").mkdir()
+    (tmp_path / "house/more/parts.py").write_text("PARTS = 1\n")
+    files = plan().run.files
+    assert {"house/blobs.py", "house/more/parts.py", "pipeline/train.py", "pipeline/cluster/slurm.sh"} <= files.keys()
+    assert all(Path(name).suffix in (".py", ".sh") and name.startswith(("house/", "pipeline/")) for name in files)
+    assert not any("/." in name or "__pycache__" in name for name in files)
+    only = plan(own_code=False).run.files
+    assert sorted(only) == ["house/blobs.py", "house/more/parts.py"]
+    code.stage(only, tmp_path / "staged")
+    assert sorted(path.name for path in (tmp_path / "staged").rglob("*.py")) == ["blobs.py", "parts.py"]
+    report = code.report(only).splitlines()
+    size = sum(path.stat().st_size for path in only.values())
+    assert report[-1].split() == [f"{size:,}", "bytes", "in", "2", "files"]
+
+
+def test_a_link_that_leads_elsewhere_does_not_leave(tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.py"
+    outside.write_text("SECRET = 1\n")
+    (tmp_path / "house/inside.py").symlink_to(outside)
+    assert "house/inside.py: is a link to another place" in said(plan())
+    outside.unlink()
+
+
+def test_an_installed_task_is_named_and_not_sent(tmp_path: Path) -> None:
+    config = load("good.yaml", ["data.decoders={bin: json.tool:main}"])
+    assert code.modules(config) == ["house.blobs", "json.tool"]
+    assert code.collect(config, own=False).needed == ["json"]
+
+
+# ---------------------------------------------------------------- secrets
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A secret in the environment, another in a token file; the folder is searched for both."""
+    (tmp_path.parent / f"{tmp_path.name}-token").write_text(f"{CANARY}-token")
+    monkeypatch.setenv("WANDB_API_KEY", f"{CANARY}-wandb")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{CANARY}-aws")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path.parent / f"{tmp_path.name}-token"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("target", ["ray", "slurm"])
+def test_no_secret_is_in_what_leaves(target: str, canary: Path) -> None:
+    found = plan(target=target, options={"python": "/opt/bin/python"} if target == "slurm" else {})
+    everything = "".join(found.rendered.values()) + "".join(path.read_text() for path in found.run.files.values())
+    assert found.problems == [] and CANARY not in everything
+    assert len(secrecy.known()) >= 3
+
+
+@pytest.mark.parametrize("target", ["ray", "slurm"])
+@pytest.mark.parametrize("name", ["wandb", "aws", "token"])
+def test_a_secret_in_a_configuration_is_found_and_not_shown(target: str, name: str, canary: Path) -> None:
+    found = plan(target=target, overrides=(f"track.entity={CANARY}-{name}",))
+    kinds = {
+        "wandb": "the value of WANDB_API_KEY",
+        "aws": "the value of AWS_SECRET_ACCESS_KEY",
+        "token": "the token in",
+    }
+    assert f"holds {kinds[name]}" in said(found) and CANARY not in said(found)
+
+
+def test_a_secret_in_code_is_found(canary: Path) -> None:
+    task = canary / "house/blobs.py"
+    task.write_text(task.read_text() + f"KEY = '{CANARY}-wandb'\n")
+    assert "house/blobs.py" in said(plan()) and "the value of WANDB_API_KEY" in said(plan())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tokenizer: /data/tokenizer.json",
+        "max_tokens: 1234567890",
+        "url: s3://bucket/folder",
+        "password: null",
+        "api_key: $WANDB_API_KEY",
+        "auth_token=/run/secrets/token",
+        "revision: 0123456789abcdef0123456789abcdef01234567",
+    ],
+)
+def test_what_only_looks_like_a_secret_raises_no_alarm(text: str) -> None:
+    assert secrecy.find(text, {}) == []
+
+
+# ---------------------------------------------------------------- sweeps
+def test_each_member_of_a_sweep_is_a_run_of_its_own(tmp_path: Path) -> None:
+    found = plan(target="slurm", sweep=("optim.lr=[1e-3, 3e-4]", "seed=[0, 1, 2]"))
+    members = [Loader(found.rendered[f"config-{number}.yaml"]).get_single_data() for number in range(6)]
+    assert [(each["optim"]["lr"], each["seed"]) for each in members] == [
+        (lr, seed) for lr in (1e-3, 3e-4) for seed in range(3)
+    ]
+    assert [each["name"] for each in members] == [f"small.{number}" for number in range(6)]
+    script = found.rendered["job.sbatch"]
+    assert "#SBATCH --array=0-5\n" in script and "%A_%a.log" in script and "config.yaml" not in found.rendered
+    assert "CONFIG=$JOB/config-$SLURM_ARRAY_TASK_ID.yaml\n" in script
+
+
+@pytest.mark.parametrize("text", ["seed", "seed=1", "seed=[]", "=[1]", "seed=[1"])
+def test_what_is_nothing_to_sweep_over_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="nothing to sweep over"):
+        combinations("small", [text])
+
+
+# ---------------------------------------------------------------- what has left
+class Played:
+    """A target that a test plays: the border to a cluster. What it is asked is noted."""
+
+    def __init__(self, *states: State) -> None:
+        self.states, self.asked = list(states), []
+
+    def render(self, config: Config, run: Submission) -> dict[str, str]:
+        return {"config.yaml": run.text}
+
+    def lint(self, rendered: Mapping[str, str]) -> list[Problem]:
+        return []
+
+    def submit(self, rendered: Mapping[str, str], run: Submission) -> str:
+        self.asked.append(run.name)
+        return f"job-{len(self.asked)}"
+
+    def status(self, id: str) -> State:
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+    def logs(self, id: str) -> str:
+        return "".join(f"line {number}\n" for number in range(5 - len(self.states)))
+
+    def stop(self, id: str) -> None:
+        self.asked.append(f"stop {id}")
+
+
+def test_a_job_is_found_again_by_the_name_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(State("running", "R"))
+    monkeypatch.setitem(submit.TARGETS, "played", played)
+    sent = send(plan(target="played", overrides=("seed=3",), options={"a": "b"}))
+    assert played.asked == ["small"] and find("small")[2:] == sent[2:]
+    record = json.loads((tmp_path / "submitted/small/job.json").read_text())
+    assert record["id"] == "job-1" and record["request"]["overrides"] == ["seed=3"]
+    assert "job job-1 of this run is running" in said(plan(target="played"))
+    played.states = [State("stopped")]
+    again = prepare(submit.again(find("small"), ["steps=150"]))
+    values = Loader(again.rendered["config.yaml"]).get_single_data()
+    assert again.problems == [] and (values["seed"], values["steps"]) == (3, 150) and again.home == sent.home
+    assert send(again).id == "job-2" and find("small").id == "job-2"
+    with pytest.raises(RunError, match="sent were: small"):
+        find("smal")
+
+
+def test_watching_tells_every_change_and_every_line_once() -> None:
+    states = [State("waiting", "PENDING"), State("waiting", "PENDING"), State("running", "RUNNING")]
+    played = Played(*states, State("running", "RUNNING"), State("done", "COMPLETED"))
+    lines: list[str] = []
+    sent = Sent(Path("submitted/small"), played, "job-1", Request("ray", Path("good.yaml")))
+    assert submit.watch(sent, lines.append, wait=lambda seconds: None) == State("done", "COMPLETED")
+    told = "\n".join(lines).splitlines()
+    assert [line for line in told if not line.startswith("line")] == [
+        "waiting: PENDING",
+        "running: RUNNING",
+        "done: COMPLETED",
+    ]
+    assert [line for line in told if line.startswith("line")] == [f"line {number}" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("JobState=PENDING Reason=Resources ExitCode=0:0", "waiting"),
+        ("JobState=PENDING Reason=BeginTime ExitCode=0:0 Restarts=1", "waiting"),
+        ("JobState=RUNNING Reason=None ExitCode=0:0", "running"),
+        ("JobState=COMPLETING Reason=None ExitCode=0:0", "running"),
+        ("JobState=COMPLETED Reason=None ExitCode=0:0", "done"),
+        ("JobState=CANCELLED Reason=None ExitCode=0:15", "stopped"),
+        ("JobState=FAILED Reason=NonZeroExitCode ExitCode=75:0", "stopped"),
+        ("JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0", "failed"),
+        ("JobState=TIMEOUT Reason=TimeLimit ExitCode=0:1", "failed"),
+        ("JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0", "failed"),
+        ("JobState=OUT_OF_MEMORY Reason=None ExitCode=0:125", "failed"),
+    ],
+)
+def test_the_states_of_slurm(line: str, word: str) -> None:
+    assert slurm._state(f"JobId=7 JobName=small {line}").word == word
+
+
+STOPPING = """
+import os, signal, sys, time
+from pipeline.cluster.driver import stop_signals
+class Console:
+    def say(self, text, style=""): print(text.split(":")[0], flush=True)
+with stop_signals(Console()) as stop:
+    print("ready", flush=True)
+    stop.wait()
+    print("saving", flush=True)
+    for number in range(int(sys.argv[1])):
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("again, times, saved", [("SIGTERM", 3, True), ("SIGINT", 1, False)])
+def test_a_cluster_may_say_twice_that_it_takes_its_machine_back(again: str, times: int, saved: bool) -> None:
+    """Slurm and Kubernetes repeat their SIGTERM; only a person at the terminal means it when pressing Ctrl-C again."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", STOPPING, str(times), again]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        out = process.stdout.read()
+    assert ("saved" in out, process.returncode) == ((True, 0) if saved else (False, 75)), out
