@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from pipeline.cluster.submission import State
     from pipeline.cluster.submit import Plan, Request, Sent
 
-app = typer.Typer(no_args_is_help=True, help="Send a run to a cluster: Ray jobs or Slurm. launch/README.md is a guide.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Send a run to a cluster: Ray jobs or Slurm. launch/README.md is a guide.",
+    epilog="Example: millstream submit slurm configs/digits.yaml -o nodes=2",
+)
 EXIT = {"done": 0, "stopped": 75, "failed": 1, "unknown": 1}
 
 CONFIG = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]

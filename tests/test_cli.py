@@ -92,6 +92,13 @@ def test_the_commands_are_these() -> None:
         "evaluate",
         "resume",
         "runs",
+        "submit",
+        "submit logs",
+        "submit ray",
+        "submit resume",
+        "submit slurm",
+        "submit status",
+        "submit stop",
         "train",
         "verify-resume",
     ]
