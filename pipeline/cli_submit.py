@@ -192,7 +192,7 @@ def _submit(request: Request, render: bool, to: Path | None, watch: bool, force:
         terminal.warn(f"sent all the same: {error}")
     if render:
         return
-    sent = submit.send(plan)
+    sent = submit.send(plan, terminal.warn)
     size = code.report(plan.run.files).rstrip("\n").rpartition("\n")[2].strip()
     terminal.say(f"sent {size} of code, and {len(plan.rendered)} files that are kept in {sent.home}")
     terminal.say(f"job {sent.id}", "bold")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STOP_SECONDS = 600  # that a job has to save when it is stopped; Ray's own default is 3
 PAGE = "/#/jobs/"  # of a job in the dashboard: the id of a job is the address of its page
 
-__all__ = ["lint", "logs", "render", "status", "stop", "submit"]
+__all__ = ["lint", "logs", "reach", "render", "status", "stop", "submit"]
 
 
 def render(config: Config, run: Submission) -> dict[str, str]:
@@ -54,13 +54,14 @@ def render(config: Config, run: Submission) -> dict[str, str]:
     return {REQUEST: json.dumps(request, indent=2) + "\n", CONFIG: run.text}
 
 
-def submit(rendered: Mapping[str, str], run: Submission) -> str:
-    """Send code and request; the id is the address of the job's page.
+def reach(run: Submission) -> list[str]:
+    """Raises ConfigError when the head takes jobs from anybody, or not from us; RunError when it does not answer."""
+    return head.require_shut(head.address(run.where), insecure="insecure" in run.options)
 
-    Raises ConfigError when the head takes jobs from anybody, or not from us; RunError when it cannot be reached.
-    """
+
+def submit(rendered: Mapping[str, str], run: Submission) -> str:
+    """Send code and request; the id is the address of the job's page."""
     url = head.address(run.where)
-    head.require_shut(url, insecure="insecure" in run.options)
     request = json.loads(rendered[REQUEST])
     name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     with tempfile.TemporaryDirectory(prefix="millstream-job-") as scratch, _client(url) as client:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.problems import Problem
 
-SHORTEST = 8  # a shorter value stands in any text by chance
+SHORTEST = 10  # a shorter value stands in any text by chance
 CALLED = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL)S?(_ID)?$", re.IGNORECASE)
 FORMS = {
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
@@ -42,7 +42,7 @@ def known() -> dict[str, str]:
     for path in (os.environ.get("RAY_AUTH_TOKEN_PATH"), "~/.ray/auth_token"):
         with suppress(OSError, UnicodeDecodeError):
             found[f"the token in {path}"] = Path(path or "").expanduser().read_text().strip()
-    return {where: value for where, value in found.items() if len(value) >= SHORTEST}
+    return {where: value for where, value in found.items() if len(value) >= SHORTEST and not os.path.exists(value)}
 
 
 def find(text: str, secrets: Mapping[str, str], *, code: bool = False) -> list[tuple[int, str]]:

@@ -27,7 +27,7 @@ WARNING_SECONDS = 120  # before the time limit; Slurm itself may be up to a minu
 OWN = ("nodes", "python", "warning", "secrets", "container")  # options that are not sbatch's, or are more than that
 ANSWER_SECONDS = 60.0
 
-__all__ = ["lint", "logs", "render", "status", "stop", "submit"]
+__all__ = ["lint", "logs", "reach", "render", "status", "stop", "submit"]
 
 
 def render(config: Config, run: Submission) -> dict[str, str]:
@@ -43,18 +43,24 @@ def render(config: Config, run: Submission) -> dict[str, str]:
     head = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in _sbatch(run, given).items()),
-        f"# Rendered by `millstream submit slurm {run.source.name}`; change that, not this.",
+        f"# Rendered by `millstream submit slurm` from {run.source.name!r}; change that, not this.",
         *(f"{name}={value}" for name, value in _variables(run, own).items()),
         "",
     ]
     return {SCRIPT: "\n".join(head) + BODY.read_text(), **configs}
 
 
+def reach(run: Submission) -> list[str]:
+    """Raises RunError where there is no Slurm, and where the job's folder is not that of the nodes."""
+    _ask(["sbatch", "--version"])
+    if not Path(run.folder).is_dir():
+        raise RunError(f"there is no {run.folder} here: submit from a machine that shares --folder with the nodes")
+    return []
+
+
 def submit(rendered: Mapping[str, str], run: Submission) -> str:
     """Queue the job; its id is the path of its log without the ending: the folder of what was sent, and its number."""
     folder = Path(home(run))
-    if not (folder / SCRIPT).is_file():
-        raise RunError(f"{folder} is not here: submit from a machine that shares --folder with the nodes")
     code.stage(run.files, folder / "code")
     command = ["sbatch", "--parsable", str(folder / SCRIPT)]
     number = _ask(command).strip().partition(";")[0]
@@ -91,8 +97,8 @@ def status(id: str) -> State:
 def logs(id: str) -> str:
     """All that a job has said, each start after the one before; of an array, member after member."""
     folder, number = Path(id).parent, Path(id).name
-    files = sorted(folder.glob(f"{number}*.log"))
-    return "".join(path.read_text(errors="replace") for path in files)
+    files = [folder / f"{number}.log", *sorted(folder.glob(f"{number}_*.log"))]
+    return "".join(path.read_text(errors="replace") for path in files if path.is_file())
 
 
 def stop(id: str) -> None:
@@ -100,11 +106,10 @@ def stop(id: str) -> None:
     number, state = _number(id), status(id)
     if state.over:
         return
-    if state.word == "waiting":
-        _ask(["scancel", number])
-        return
-    _ask(["scontrol", "update", f"JobId={number}", "Requeue=0"])
-    _ask(["scancel", "--batch", "--signal=USR1", number])
+    _ask(["scancel", "--state=PENDING", number])
+    if state.word == "running":
+        _ask(["scontrol", "update", f"JobId={number}", "Requeue=0"])
+        _ask(["scancel", "--batch", "--signal=USR1", number])
 
 
 def _sbatch(run: Submission, given: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ A target is a module of functions (`Target`): jobs.py sends to a Ray head, slurm
 kubernetes.py to an API server. Rendering is pure: the same configuration and submission give the same text, on whatever
 machine, so what leaves can be printed, kept beside the code, and checked before anything is sent.
 
-    configuration, options -> Submission -> render -> lint -> submit -> id -> status, logs, stop
+    configuration, options -> Submission -> render -> lint -> reach -> submit -> id -> status, logs, stop
 
 What it gives up: an id says all that is needed to find the job again, so nothing is kept anywhere but that line.
 """
@@ -72,6 +72,13 @@ class Target(Protocol):
         """Everything in rendered files that the target would refuse, ignore or regret. Sends nothing.
 
         A problem's `place` is the file and the key or option in it, `line` that of the file.
+        """
+        ...
+
+    def reach(self, run: Submission) -> list[str]:
+        """Whether the target is there and would take a job from us; what should be known all the same, as lines.
+
+        Raises ConfigError or RunError with the way to mend it. Sends nothing of the run.
         """
         ...
 

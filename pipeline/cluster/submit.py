@@ -101,6 +101,7 @@ def prepare(request: Request) -> Plan:
     rendered = target.render(config, run)
     problems += [*target.lint(rendered), *code.problems(run.files)]
     problems += secrecy.problems({name: path.read_text() for name, path in run.files.items()}, code=True)
+    problems += decoders(config)
     if seen:
         problems += [problem for each in members or [config] for problem in run_state(each)]
     plan = Plan(request, run, rendered, problems, list(notes(config, code_found, seen)))
@@ -142,6 +143,17 @@ def combinations(name: str, sweep: Iterable[str]) -> list[tuple[str, ...]]:
         axes.append([f"{key}={json.dumps(value)}" for value in values])
     members = list(itertools.product(*axes)) if axes else []
     return [(*values, f"name={name}.{number}") for number, values in enumerate(members)]
+
+
+def decoders(config: Config) -> list[Problem]:
+    """Decoders that the configuration names and that cannot be imported."""
+    from pipeline.data.decode import load_decoders
+
+    try:
+        load_decoders(config.data.decoders)
+    except ConfigError as error:
+        return [Problem("data.decoders", str(error))]
+    return []
 
 
 def run_state(config: Config) -> list[Problem]:
@@ -186,15 +198,19 @@ def notes(config: Config, found: code.Code, seen: bool) -> Iterable[str]:
         yield f"the target must have {', '.join(found.needed)}: installed packages are not sent"
 
 
-def send(plan: Plan) -> Sent:
-    """Keep what leaves, then send it. Raises RunError or ConfigError when the target refuses."""
-    home, run = plan.home, plan.run
+def send(plan: Plan, say: Callable[[str], None]) -> Sent:
+    """Knock, keep what leaves, then send it; `say` hears what should be known of the target.
+
+    Raises RunError or ConfigError when the target refuses.
+    """
+    home, run, target = plan.home, plan.run, TARGETS[plan.request.target]
+    for note in target.reach(run):
+        say(note)
     home.mkdir(parents=True, exist_ok=True)
     for old in home.glob("config*.yaml"):
         old.unlink()
     for name, text in {**plan.rendered, CONFIG: run.text}.items():
         (home / name).write_text(text)
-    target = TARGETS[plan.request.target]
     sent = Sent(home, target, target.submit(plan.rendered, run), plan.request)
     asked = dataclasses.asdict(plan.request)
     record = {"id": sent.id, "sent": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "request": asked}

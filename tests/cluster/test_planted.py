@@ -275,7 +275,9 @@ def test_nothing_is_sent_when_something_is_wrong(tmp_path: Path) -> None:
         "3 node(s)",
     ):
         assert words in done.stderr, done.stderr
-    assert run().returncode == 0 and called.read_text().count("\n") == 1
+    assert run().returncode == 0 and called.read_text().count("--parsable") == 1
     assert Path("submitted/small/job.sbatch").is_file() and submit.find("small").id.endswith("/submitted/small/1")
     forced = run("-o", "nodes=3", "--force")
-    assert forced.returncode == 0 and "sent all the same" in forced.stderr and called.read_text().count("\n") == 2
+    assert (
+        forced.returncode == 0 and "sent all the same" in forced.stderr and called.read_text().count("--parsable") == 2
+    )

@@ -117,6 +117,9 @@ class Played:
     def lint(self, rendered: Mapping[str, str]) -> list[Problem]:
         return []
 
+    def reach(self, run: Submission) -> list[str]:
+        return ["it is there"]
+
     def submit(self, rendered: Mapping[str, str], run: Submission) -> str:
         self.asked.append(run.name)
         return f"job-{len(self.asked)}"
@@ -134,8 +137,9 @@ class Played:
 def test_a_job_is_found_again_by_the_name_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played = Played(State("running", "R"))
     monkeypatch.setitem(submit.TARGETS, "played", played)
-    sent = send(plan(target="played", overrides=("seed=3",), options={"a": "b"}))
-    assert played.asked == ["small"] and find("small")[2:] == sent[2:]
+    heard: list[str] = []
+    sent = send(plan(target="played", overrides=("seed=3",), options={"a": "b"}), heard.append)
+    assert heard == ["it is there"] and played.asked == ["small"] and find("small")[2:] == sent[2:]
     record = json.loads((tmp_path / "submitted/small/job.json").read_text())
     assert record["id"] == "job-1" and record["request"]["overrides"] == ["seed=3"]
     assert "job job-1 of this run is running" in said(plan(target="played"))
@@ -143,7 +147,7 @@ def test_a_job_is_found_again_by_the_name_of_its_run(tmp_path: Path, monkeypatch
     again = prepare(submit.again(find("small"), ["steps=150"]))
     values = Loader(again.rendered["config.yaml"]).get_single_data()
     assert again.problems == [] and (values["seed"], values["steps"]) == (3, 150) and again.home == sent.home
-    assert send(again).id == "job-2" and find("small").id == "job-2"
+    assert send(again, heard.append).id == "job-2" and find("small").id == "job-2"
     with pytest.raises(RunError, match="sent were: small"):
         find("smal")
 
