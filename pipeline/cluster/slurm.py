@@ -129,7 +129,7 @@ def _sbatch(run: Submission, given: Mapping[str, str]) -> dict[str, str]:
         "requeue": "",
         **elastic,
         "open-mode": "append",
-        "export": "NIL",  # nothing of the environment here goes along: secrets are in it
+        "export": "HOME,PATH,USER,LANG",  # of the environment here no more goes along: secrets are in it
         "output": str(log),
         **given,
     }

@@ -266,9 +266,11 @@ def _memory(script: Script) -> None:
 
 def _leaks(script: Script) -> None:
     export = script.option("export")
-    if export is not None and export not in ("NIL", "NONE"):
-        mend = "write --export=NIL; the job reads its secrets itself, from -o secrets=FILE"
-        script.say("--export", f"{export} hands what is in this terminal's environment to the job's record", mend)
+    for name in (export or "").split(","):
+        if name == "ALL" or "=" in name or secrecy.CALLED.search(name):
+            mend = "write --export=HOME,PATH; the job reads its secrets itself, from -o secrets=FILE"
+            said = "all of this terminal's environment" if name == "ALL" else name.partition("=")[0]
+            script.say("--export", f"puts {said} into the job's record", mend)
     if secrets := script.word("SECRETS"):
         if not PurePosixPath(secrets).is_absolute():
             script.say("SECRETS", f"{secrets} is another place on each node", "write it from / on")

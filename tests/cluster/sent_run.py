@@ -21,15 +21,32 @@ from tests.test_train import RESNET
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 CANARY = "canary-71c0e5aa24d9"  # in the environment of who sends; must be nowhere else
+CANARIES = {"WANDB_API_KEY": f"{CANARY}-wandb", "AWS_SECRET_ACCESS_KEY": f"{CANARY}-aws"}
 PATIENCE_SECONDS = 240
 
-Say = Callable[..., subprocess.CompletedProcess[str]]
+# A task of the user's own. While the file is there its steps take a second: long enough to be disturbed.
+TASK = """
+import os
+import time
+from pipeline.tasks import image_classification
+
+class Config(image_classification.Config):
+    slow: str
+
+class Task(image_classification.Task):
+    def loss(self, model, batch):
+        time.sleep(0.5 if os.path.exists(self.config.slow) else 0.02)
+        return super().loss(model, batch)
+"""
+Say = Callable[..., str]
 
 
 def project(folder: Path, steps: int = STEPS) -> Path:
-    """toy.yaml, 40 steps of 0.3 s and more, with its data in `folder`."""
+    """toy.yaml with its data and a task of its own in `folder`; its steps are slow while the file `slow` is there."""
     small_data.images(folder / "pictures")
-    task = {**RESNET, "name": "tests.slow_task"}
+    (folder / "house").mkdir()
+    (folder / "house/slow_task.py").write_text(TASK)
+    task = {**RESNET, "name": "house.slow_task", "slow": str(folder / "slow")}
     return small_data.config(folder / "toy.yaml", task, Path("pictures"), runs="runs", steps=steps)
 
 
@@ -38,8 +55,7 @@ def command(*words: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    secrets = {"WANDB_API_KEY": f"{CANARY}-wandb", "AWS_SECRET_ACCESS_KEY": f"{CANARY}-aws"}
-    return {**os.environ, **secrets, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **more}
+    return {**os.environ, **CANARIES, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **more}
 
 
 def wait_for(what: Callable[[], bool], why: Callable[[], str]) -> None:

@@ -80,7 +80,7 @@ class Slurm:
         key.write_bytes(os.urandom(128))
         lab.environment["SLURM_CONF"] = str(conf)
         for host in lab.hosts:
-            self._daemon(host, "munged", ["bash", "-c", DAEMONS], KEY=str(key))
+            self._daemon(host, "munged", ["env", f"KEY={key}", "bash", "-c", DAEMONS])
             lab.run(host, ["bash", "-c", "until [ -S /tmp/munge/socket ]; do sleep 0.05; done"])
         self._daemon("h0", "slurmctld", ["slurmctld", "-D"])
         for host in list(lab.hosts)[1:]:
@@ -104,9 +104,9 @@ class Slurm:
     ) -> None:
         """Its daemons die with the hosts of the lab."""
 
-    def _daemon(self, host: str, name: str, command: list[str], **environment: str) -> None:
+    def _daemon(self, host: str, name: str, command: list[str]) -> None:
         with self._log(host, name).open("w") as output:
-            self.lab.start(host, command, output=output, **environment)
+            self.lab.start(host, command, output=output)
 
     def _log(self, host: str, name: str) -> Path:
         return self.lab.folder / f"{name}-{host}.log"

@@ -97,6 +97,7 @@ def test_refused_sent_stopped_and_gone_on_with(tmp_path: Path, head: Head) -> No
     assert "does not know this token" in submit(*send, token=tmp_path / "wrong", code=78)
     assert json.loads(ask(head.url, head.token.read_text(), "/api/jobs/")) == [] and not run.exists()
 
+    (tmp_path / "slow").touch()
     said = submit(*send)
     assert f"job {head.url}/#/jobs/toy-" in said and "bytes in" in said
     wait_for(lambda: len(steps(run)) >= 4, lambda: submit("logs", "toy"))
@@ -113,6 +114,7 @@ def test_refused_sent_stopped_and_gone_on_with(tmp_path: Path, head: Head) -> No
     assert end["reason"] == "stopped" and 4 <= end["step"] < sent_run.STEPS
     assert any(listed.step == end["step"] for listed in Run(run).checkpoints())  # it had the time to save
 
+    (tmp_path / "slow").unlink()
     said = submit("resume", "toy", "--watch")
     assert "done: SUCCEEDED, exit code 0" in said
     assert sorted(steps(run)) == list(range(sent_run.STEPS))

@@ -13,7 +13,7 @@ import pytest
 from pipeline.run import Run
 from tests.cluster import sent_run, slurm_lab
 from tests.cluster.lab import PATIENCE_SECONDS, Lab
-from tests.cluster.sent_run import CANARY, command, environment, same, state, steps, undisturbed, wait_for
+from tests.cluster.sent_run import CANARIES, CANARY, command, same, state, steps, undisturbed, wait_for
 from tests.cluster.slurm_lab import Slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
@@ -25,18 +25,19 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     folder = tmp_path_factory.mktemp("s")
     sent_run.project(folder)
     with Lab(folder, 3) as lab, Slurm(lab) as slurm:
+        lab.environment |= CANARIES
         yield slurm
 
 
 @pytest.fixture(scope="module")
 def quiet(slurm: Slurm) -> dict[str, Any]:
+    """The weights of the run that nothing happens to."""
     return state(undisturbed(slurm.lab.shared))
 
 
 def submit(slurm: Slurm, *words: str, code: int = 0) -> str:
     """`millstream submit` on the login node."""
-    canaries = {name: value for name, value in environment().items() if CANARY in value}
-    process = slurm.lab.start("h0", command("submit", *words), **canaries)
+    process = slurm.lab.start("h0", command("submit", *words))
     said, _ = process.communicate(timeout=3 * PATIENCE_SECONDS)
     assert process.returncode == code and "Traceback" not in said, said
     return said
@@ -51,6 +52,8 @@ def send(slurm: Slurm, name: str, *words: str) -> str:
 
 def test_preempted_queued_again_and_the_same_weights(slurm: Slurm, quiet: dict[str, Any]) -> None:
     folder, run = slurm.lab.shared, slurm.lab.shared / "runs/taken"
+    slow = folder / "slow"
+    slow.touch()
     number = send(slurm, "taken")
     wait_for(lambda: len(steps(run)) >= 4, lambda: submit(slurm, "logs", "taken"))
     begun = next(record for record in Run(run).records() if record["kind"] == "start")
@@ -61,6 +64,7 @@ def test_preempted_queued_again_and_the_same_weights(slurm: Slurm, quiet: dict[s
 
     urgent = slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     wait_for(lambda: slurm.facts(number)["Restarts"] == "1", lambda: submit(slurm, "logs", "taken"))
+    slow.unlink()
     stopped = [record for record in Run(run).records() if record["kind"] == "end"]
     assert [record["reason"] for record in stopped] == ["stopped"]
     assert any(listed.step == stopped[0]["step"] for listed in Run(run).checkpoints())
@@ -79,6 +83,8 @@ def test_preempted_queued_again_and_the_same_weights(slurm: Slurm, quiet: dict[s
 
 def test_stopped_gone_on_with_and_cancelled(slurm: Slurm, quiet: dict[str, Any]) -> None:
     run = slurm.lab.shared / "runs/held"
+    slow = slurm.lab.shared / "slow"
+    slow.touch()
     number = send(slurm, "held")
     wait_for(lambda: len(steps(run)) >= 4, lambda: submit(slurm, "logs", "held"))
     submit(slurm, "stop", "held", "--watch", code=75)
@@ -93,6 +99,7 @@ def test_stopped_gone_on_with_and_cancelled(slurm: Slurm, quiet: dict[str, Any])
     wait_for(lambda: slurm._idle() == 2, slurm._why)
     assert slurm.facts(job)["Restarts"] == "0" and "stopped: CANCELLED" in submit(slurm, "status", "held")
 
+    slow.unlink()
     assert "done: COMPLETED" in submit(slurm, "resume", "held", "--watch")
     assert same(state(run), quiet)
 

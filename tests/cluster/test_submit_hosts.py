@@ -11,7 +11,7 @@ import pytest
 from pipeline.run import Run
 from tests.cluster import sent_run
 from tests.cluster.lab import PATIENCE_SECONDS, Lab
-from tests.cluster.sent_run import CANARY, command, environment, steps, wait_for
+from tests.cluster.sent_run import CANARIES, CANARY, command, steps, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
 
@@ -22,11 +22,11 @@ def test_three_hosts(tmp_path: Path) -> None:
     (tmp_path / "wrong").write_text("f" * 64)
     with Lab(tmp_path, 3, token=True) as lab:
         token = Path(lab.environment["RAY_AUTH_TOKEN_PATH"])
-        canaries = {name: value for name, value in environment().items() if CANARY in value}
+        lab.environment |= CANARIES
 
-        def submit(*words: str, code: int = 0, **mine: str) -> str:
+        def submit(*words: str, code: int = 0, key: str | Path = token) -> str:
             """On h0, whose head stands on its address in the network, not on loopback."""
-            process = lab.start("h0", command("submit", *words), **{**canaries, **mine})
+            process = lab.start("h0", command("submit", *words), RAY_AUTH_TOKEN_PATH=str(key))
             said, _ = process.communicate(timeout=2 * PATIENCE_SECONDS)
             assert process.returncode == code and "Traceback" not in said, said
             return said
@@ -35,12 +35,12 @@ def test_three_hosts(tmp_path: Path) -> None:
             lab.start_ray(host, head=host == "h0")
         send = ["ray", "toy.yaml", "cluster.min_workers=1", "cluster.grow_seconds=3", "--address", lab.dashboard]
         send += ["-o", f"python={sys.executable}"]
-        assert "asks for a token, and there is none here" in submit(*send, code=78, RAY_AUTH_TOKEN_PATH="")
-        wrong = str(tmp_path / "wrong")
-        assert "does not know this token" in submit(*send, code=78, RAY_AUTH_TOKEN_PATH=wrong)
+        assert "asks for a token, and there is none here" in submit(*send, code=78, key="")
+        assert "does not know this token" in submit(*send, code=78, key=tmp_path / "wrong")
         refused_open_head(lab, submit)
         assert not run.exists()
 
+        (tmp_path / "slow").touch()
         submit(*send)
         wait_for(lambda: len(steps(run)) >= 4, lambda: submit("logs", "toy"))
         lab.kill("h2")
@@ -49,6 +49,7 @@ def test_three_hosts(tmp_path: Path) -> None:
         submit("stop", "toy", "--watch", code=75)
         assert "stopped: STOPPED" in submit("status", "toy") and "restart 1 of" in submit("logs", "toy")
 
+        (tmp_path / "slow").unlink()
         lab.boot("h2")
         lab.start_ray("h2")
         assert "done: SUCCEEDED" in submit("resume", "toy", "--watch")
@@ -78,7 +79,7 @@ def refused_open_head(lab: Lab, submit: sent_run.Say) -> None:
         f"http://{address}:{port}/api/version",
     ]
     assert "ray_version" in lab.run("h0", reach)
-    assert "whoever reaches it runs any code there" in str(submit(*knock, code=78))
+    assert "whoever reaches it runs any code there" in submit(*knock, code=78)
     lab.send(process, 9)
 
 
