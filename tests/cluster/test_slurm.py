@@ -16,7 +16,7 @@ from tests.cluster.lab import PATIENCE_SECONDS, Lab
 from tests.cluster.sent_run import CANARIES, CANARY, command, same, state, steps, undisturbed, wait_for
 from tests.cluster.slurm_lab import Slurm
 
-pytestmark = [pytest.mark.slow, pytest.mark.root]
+pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def quiet(slurm: Slurm) -> dict[str, Any]:
 def submit(slurm: Slurm, *words: str, code: int = 0) -> str:
     """`millstream submit` on the login node."""
     process = slurm.lab.start("h0", command("submit", *words))
-    said, _ = process.communicate(timeout=3 * PATIENCE_SECONDS)
+    said, _ = process.communicate(timeout=5 * PATIENCE_SECONDS)
     assert process.returncode == code and "Traceback" not in said, said
     return said
 
@@ -55,7 +55,7 @@ def test_preempted_queued_again_and_the_same_weights(slurm: Slurm, quiet: dict[s
     slow = folder / "slow"
     slow.touch()
     number = send(slurm, "taken")
-    wait_for(lambda: len(steps(run)) >= 4, lambda: submit(slurm, "logs", "taken"))
+    wait_for(lambda: len(steps(run)) >= 2, lambda: submit(slurm, "logs", "taken"))
     begun = next(record for record in Run(run).records() if record["kind"] == "start")
     assert "running: RUNNING" in submit(slurm, "status", "taken") and slurm.facts(number)["NumNodes"] == "2"
     assert "of this run is running" in submit(slurm, "resume", "taken", code=78)
@@ -86,7 +86,7 @@ def test_stopped_gone_on_with_and_cancelled(slurm: Slurm, quiet: dict[str, Any])
     slow = slurm.lab.shared / "slow"
     slow.touch()
     number = send(slurm, "held")
-    wait_for(lambda: len(steps(run)) >= 4, lambda: submit(slurm, "logs", "held"))
+    wait_for(lambda: len(steps(run)) >= 2, lambda: submit(slurm, "logs", "held"))
     submit(slurm, "stop", "held", "--watch", code=75)
     assert slurm.facts(number)["Restarts"] == "0" and "exit code 75:0" in submit(slurm, "status", "held")
     before = len(steps(run))

@@ -13,7 +13,7 @@ from tests.cluster import sent_run
 from tests.cluster.lab import PATIENCE_SECONDS, Lab
 from tests.cluster.sent_run import CANARIES, CANARY, command, steps, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.root]
+pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(1800)]
 
 
 def test_three_hosts(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_three_hosts(tmp_path: Path) -> None:
         def submit(*words: str, code: int = 0, key: str | Path = token) -> str:
             """On h0, whose head stands on its address in the network, not on loopback."""
             process = lab.start("h0", command("submit", *words), RAY_AUTH_TOKEN_PATH=str(key))
-            said, _ = process.communicate(timeout=2 * PATIENCE_SECONDS)
+            said, _ = process.communicate(timeout=4 * PATIENCE_SECONDS)
             assert process.returncode == code and "Traceback" not in said, said
             return said
 
@@ -42,9 +42,9 @@ def test_three_hosts(tmp_path: Path) -> None:
 
         (tmp_path / "slow").touch()
         submit(*send)
-        wait_for(lambda: len(steps(run)) >= 4, lambda: submit("logs", "toy"))
+        wait_for(lambda: len(steps(run)) >= 2, lambda: submit("logs", "toy"))
         lab.kill("h2")
-        wait_for(lambda: len(steps(run, attempt=2)) >= 2, lambda: submit("logs", "toy"))
+        wait_for(lambda: len(steps(run, attempt=2)) >= 1, lambda: submit("logs", "toy"))
         assert workers(run) == [2, 1]
         submit("stop", "toy", "--watch", code=75)
         assert "stopped: STOPPED" in submit("status", "toy") and "restart 1 of" in submit("logs", "toy")
