@@ -56,7 +56,6 @@ def test_preempted_queued_again_and_the_same_weights(slurm: Slurm, quiet: dict[s
     slow.touch()
     number = send(slurm, "taken")
     wait_for(lambda: len(steps(run)) >= 2, lambda: submit(slurm, "logs", "taken"))
-    begun = next(record for record in Run(run).records() if record["kind"] == "start")
     assert "running: RUNNING" in submit(slurm, "status", "taken") and slurm.facts(number)["NumNodes"] == "2"
     assert "of this run is running" in submit(slurm, "resume", "taken", code=78)
     token = (folder / f"submitted/taken/{number}.token").read_text()
@@ -74,7 +73,8 @@ def test_preempted_queued_again_and_the_same_weights(slurm: Slurm, quiet: dict[s
     log = submit(slurm, "logs", "taken")
     for words in ("start 1: asked to leave", "start 1: queued again", "start 2: nodes h[1-2]", "done: step 40 of 40"):
         assert words in log, log
-    assert sorted(steps(run)) == list(range(sent_run.STEPS)) and begun["world_size"] == 2
+    assert sorted(steps(run)) == list(range(sent_run.STEPS))
+    assert [record["workers"] for record in Run(run).records() if record["kind"] == "attempt"] == [2, 2]
     assert same(state(run), quiet)
     places = (run, folder / "submitted")
     assert sent_run.where_it_stands(CANARY, token, folders=places) == []
