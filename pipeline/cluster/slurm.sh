@@ -86,11 +86,15 @@ trap 'kill "$!"; exit 75' TERM
 echo $$ >"$1"
 "$PYTHON" - "$HEAD:$PORT" "$2" <<'WAIT' &
 import sys, time, ray
-ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
-last = time.monotonic() + 300
-while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+alive, last = 0, time.monotonic() + 300
+while alive < int(sys.argv[2]):
     if time.monotonic() > last:
-        sys.exit("Ray did not come up on all nodes within 300 s; the .ray file beside this one says why")
+        sys.exit(f"Ray came up on {alive} of {sys.argv[2]} nodes within 300 s; the .ray file beside this one says why")
+    try:
+        ray.is_initialized() or ray.init(address=sys.argv[1], logging_level="CRITICAL", log_to_driver=False)
+        alive = sum(node["Alive"] for node in ray.nodes())
+    except ConnectionError:
+        pass  # the head answers before its own node does
     time.sleep(0.5)
 WAIT
 wait "$!" || exit 1
