@@ -57,20 +57,26 @@ export HEAD=$ip
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 say "nodes $SLURM_JOB_NODELIST, head $first ($HEAD), port $PORT"
 
+# Ray gives a node up that does not come up within 30 s, and a busy file system takes longer: then once more.
 read -r -d '' raylet <<'BASH'
-rm -rf "$SCRATCH"
+trap : TERM  # Ray hears it too, and may take its time to leave
 device=$(ip -o -4 addr show to "$ip/32" 2>/dev/null | awk '{ print $2; exit }')
 [ -z "$device" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device}
 own=(--node-ip-address="$ip" --num-cpus="$SLOTS" --num-gpus="$GPUS" --object-store-memory=200000000
     --node-manager-port=$((PORT + 1)) --object-manager-port=$((PORT + 2)) --runtime-env-agent-port=$((PORT + 3))
     --dashboard-agent-listen-port=$((PORT + 4)) --dashboard-agent-grpc-port=$((PORT + 5))
     --metrics-export-port=$((PORT + 6)) --min-worker-port=0 --max-worker-port=0 --disable-usage-stats --block)
-if [ "$ip" = "$HEAD" ]; then
-    exec "$PYTHON" -m ray.scripts.scripts start --head --port="$PORT" --ray-client-server-port=$((PORT + 7)) \
-        --include-dashboard=false --temp-dir="$SCRATCH" "${own[@]}"
-fi
-until (exec 3<>"/dev/tcp/$HEAD/$PORT") 2>/dev/null; do sleep 0.5; done
-exec "$PYTHON" -m ray.scripts.scripts start --address="$HEAD:$PORT" "${own[@]}"
+role=(--address="$HEAD:$PORT")
+[ "$ip" != "$HEAD" ] || role=(--head --port="$PORT" --ray-client-server-port=$((PORT + 7)) --include-dashboard=false
+    --temp-dir="$SCRATCH")
+for try in 1 2 3; do
+    [ "$ip" = "$HEAD" ] || until (exec 3<>"/dev/tcp/$HEAD/$PORT") 2>/dev/null; do sleep 0.5; done
+    rm -rf "$SCRATCH"
+    SECONDS=0
+    "$PYTHON" -m ray.scripts.scripts start "${role[@]}" "${own[@]}" && break
+    [ "$SECONDS" -lt 240 ] || break
+    echo "Ray on $ip gave up at try $try"
+done
 BASH
 step --nodes="$nodes" --ntasks-per-node=1 "${gpus[@]}" "${INSIDE[@]}" bash -c "$address
 $raylet" >"$JOB/$SLURM_JOB_ID.ray" 2>&1 &
