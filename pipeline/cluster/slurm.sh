@@ -69,7 +69,7 @@ own=(--node-ip-address="$ip" --num-cpus="$SLOTS" --num-gpus="$GPUS" --object-sto
 role=(--address="$HEAD:$PORT")
 [ "$ip" != "$HEAD" ] || role=(--head --port="$PORT" --ray-client-server-port=$((PORT + 7)) --include-dashboard=false
     --temp-dir="$SCRATCH")
-for try in 1 2 3; do
+for try in 1 2 3 4 5; do
     [ "$ip" = "$HEAD" ] || until (exec 3<>"/dev/tcp/$HEAD/$PORT") 2>/dev/null; do sleep 0.5; done
     rm -rf "$SCRATCH"
     SECONDS=0
@@ -92,10 +92,10 @@ trap 'kill "$!"; exit 75' TERM
 echo $$ >"$1"
 "$PYTHON" - "$HEAD:$PORT" "$2" <<'WAIT' &
 import sys, time, ray
-alive, last = 0, time.monotonic() + 300
+alive, last = 0, time.monotonic() + 600
 while alive < int(sys.argv[2]):
     if time.monotonic() > last:
-        sys.exit(f"Ray came up on {alive} of {sys.argv[2]} nodes within 300 s; the .ray file beside this one says why")
+        sys.exit(f"Ray came up on {alive} of {sys.argv[2]} nodes within 600 s; the .ray file beside this one says why")
     try:
         ray.is_initialized() or ray.init(address=sys.argv[1], logging_level="CRITICAL", log_to_driver=False)
         alive = sum(node["Alive"] for node in ray.nodes())

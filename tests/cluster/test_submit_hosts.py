@@ -63,7 +63,7 @@ def refused_open_head(lab: Lab, submit: sent_run.Say) -> None:
     address, port = lab.address("h1"), 8300
     start = ["ray", "start", "--head", "--block", f"--node-ip-address={address}", "--port=6400", "--num-cpus=0"]
     start += [f"--dashboard-host={address}", f"--dashboard-port={port}", "--object-store-memory=100000000"]
-    start += ["--disable-usage-stats", "--dashboard-agent-listen-port=52400", "--ray-client-server-port=10100"]
+    start += ["--disable-usage-stats", "--dashboard-agent-listen-port=52400", "--ray-client-server-port=20100"]
     log = lab.folder / "open.log"
     with log.open("w") as output:
         process = lab.start("h1", [*start, "--temp-dir=/tmp/open"], output=output, RAY_AUTH_MODE="disabled")
