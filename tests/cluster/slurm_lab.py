@@ -94,7 +94,7 @@ class Slurm:
     def facts(self, number: str) -> dict[str, str]:
         """What scontrol says of a job."""
         shown = self.lab.run("h0", ["scontrol", "--oneliner", "show", "job", number])
-        return dict(word.partition("=")[::2] for word in shown.split())
+        return {word.partition("=")[0]: word.partition("=")[2] for word in shown.split()}
 
     def __enter__(self) -> Slurm:
         return self
