@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import cli_checkpoint, cli_data, cli_report, cli_resume, cli_sweep, cli_track
+from pipeline import cli_checkpoint, cli_data, cli_report, cli_resume, cli_submit, cli_sweep, cli_track
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
@@ -24,6 +24,7 @@ app = typer.Typer(name="millstream", no_args_is_help=True, pretty_exceptions_ena
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_track.app, name="track")
+app.add_typer(cli_submit.app, name="submit")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 
 from pipeline import rules, task_file, yaml_file
-from pipeline.problems import InvalidConfig, explain, readable
+from pipeline.problems import InvalidConfig, Problem, explain, readable
 from pipeline.sections import (
     Checkpoint,
     Cluster,
@@ -89,14 +89,23 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     return _load(path, overrides, [rules.numbers, rules.folders])
 
 
-def load_resolved(path: str | os.PathLike[str]) -> Config:
-    """The config that a run folder keeps. Its data may be out of reach: a run is looked at on other machines too."""
-    return _load(path, (), [rules.numbers])
+def load_resolved(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """The config of a run elsewhere, or that a run folder keeps: its data may be out of reach, all else is checked."""
+    return _load(path, overrides, [rules.numbers])
 
 
-def resolve(config: Config) -> Config:
-    """The same config with every path absolute, so that it means the same in any working directory."""
-    return _absolute(config)
+def resolve(config: Config, folder: Path | None = None) -> Config:
+    """The same config with every path absolute, so that it means the same in any working directory.
+
+    Relative ones begin in `folder`, or in the working directory.
+    """
+    return _absolute(config, folder or Path.cwd())
+
+
+def unseen(config: Config) -> list[Problem]:
+    """What `load` finds on disk and `load_resolved` does not ask for: data folders and a task's files."""
+    values = config.model_dump()
+    return rules.folders(rules.Known(readable(Config, values, []) | {"task": values["task"]}))
 
 
 def dump(config: Config) -> str:
@@ -132,14 +141,15 @@ def _load(path: str | os.PathLike[str], overrides: Iterable[str], checks: Iterab
     return config
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, BaseModel):
-        return value.model_copy(update={name: _absolute(getattr(value, name)) for name in type(value).model_fields})
+        fields = type(value).model_fields
+        return value.model_copy(update={name: _absolute(getattr(value, name), folder) for name in fields})
     if isinstance(value, dict):
-        return {key: _absolute(item) for key, item in value.items()}
+        return {key: _absolute(item, folder) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_absolute, value))
-    return value.absolute() if isinstance(value, Path) else value
+        return type(value)(_absolute(item, folder) for item in value)
+    return folder / value if isinstance(value, Path) else value
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

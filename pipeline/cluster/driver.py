@@ -172,9 +172,10 @@ def after(failures: list[Failure], config: Config, stopping: bool) -> tuple[int 
 
 @contextmanager
 def stop_signals(console: Console, stop: threading.Event | None = None) -> Iterator[threading.Event]:
-    """SIGINT or SIGTERM asks for a stop after the step in hand; a second one leaves at once, the checkpoint intact.
+    """SIGINT or SIGTERM asks for a stop after the step in hand; a later SIGINT leaves at once, the checkpoint intact.
 
-    SIGUSR1 asks for it too: by Slurm's custom it announces the end of a job's time (sbatch --signal=USR1@120).
+    A later SIGTERM does not: a cluster that takes its machines back says so more than once. SIGUSR1 asks for a stop
+    too: by Slurm's custom it announces the end of a job's time (sbatch --signal=USR1@120).
     """
     stop = stop or threading.Event()
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
@@ -182,13 +183,13 @@ def stop_signals(console: Console, stop: threading.Event | None = None) -> Itera
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGUSR1:  # that the time ends is often said more than once
+        if stop.is_set() and number != signal.SIGINT:
             return
         if stop.is_set():
             console.say("leaving at once; the same command goes on from the last checkpoint", style="yellow")
             os._exit(AGAIN)
         stop.set()
-        console.say("stopping: finishing the step and saving; once more to leave at once", style="yellow")
+        console.say("stopping: finishing the step and saving; Ctrl-C once more to leave at once", style="yellow")
 
     before = {number: signal.signal(number, on_signal) for number in STOPS}
     try:

@@ -1,0 +1,93 @@
+"""A run sent to a Ray cluster of three hosts: nobody gets in without the token, and a host that dies ends nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.run import Run
+from tests.cluster import sent_run
+from tests.cluster.lab import PATIENCE_SECONDS, Lab
+from tests.cluster.sent_run import CANARIES, CANARY, command, steps, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(1800)]
+
+
+def test_three_hosts(tmp_path: Path) -> None:
+    sent_run.project(tmp_path)
+    run = tmp_path / "runs/toy"
+    (tmp_path / "wrong").write_text("f" * 64)
+    with Lab(tmp_path, 3, token=True) as lab:
+        token = Path(lab.environment["RAY_AUTH_TOKEN_PATH"])
+        lab.environment |= CANARIES
+
+        def submit(*words: str, code: int = 0, key: str | Path = token) -> str:
+            """On h0, whose head stands on its address in the network, not on loopback."""
+            process = lab.start("h0", command("submit", *words), RAY_AUTH_TOKEN_PATH=str(key))
+            said, _ = process.communicate(timeout=4 * PATIENCE_SECONDS)
+            assert process.returncode == code and "Traceback" not in said, said
+            return said
+
+        for host in ("h0", "h1", "h2"):
+            lab.start_ray(host, head=host == "h0")
+        send = ["ray", "toy.yaml", "cluster.min_workers=1", "cluster.grow_seconds=3", "--address", lab.dashboard]
+        send += ["-o", f"python={sys.executable}"]
+        assert "asks for a token, and there is none here" in submit(*send, code=78, key="")
+        assert "does not know this token" in submit(*send, code=78, key=tmp_path / "wrong")
+        refused_open_head(lab, submit)
+        assert not run.exists()
+
+        (tmp_path / "slow").touch()
+        submit(*send)
+        wait_for(lambda: len(steps(run)) >= 2, lambda: submit("logs", "toy"))
+        lab.kill("h2")
+        wait_for(lambda: len(steps(run, attempt=2)) >= 1, lambda: submit("logs", "toy"))
+        assert workers(run) == [2, 1]
+        submit("stop", "toy", "--watch", code=75)
+        assert "stopped: STOPPED" in submit("status", "toy") and "restart 1 of" in submit("logs", "toy")
+
+        (tmp_path / "slow").unlink()
+        lab.boot("h2")
+        lab.start_ray("h2")
+        assert "done: SUCCEEDED" in submit("resume", "toy", "--watch")
+        assert workers(run) == [2, 1, 2] and sorted(set(steps(run))) == list(range(sent_run.STEPS))
+        places = (run, tmp_path / "submitted")
+        assert sent_run.where_it_stands(CANARY, token.read_text(), folders=places) == []
+
+
+def refused_open_head(lab: Lab, submit: sent_run.Say) -> None:
+    """A second head, on h1, that lets in whoever reaches it."""
+    address, port = lab.address("h1"), 8300
+    start = ["ray", "start", "--head", "--block", f"--node-ip-address={address}", "--port=6400", "--num-cpus=0"]
+    start += [f"--dashboard-host={address}", f"--dashboard-port={port}", "--object-store-memory=100000000"]
+    start += ["--disable-usage-stats", "--dashboard-agent-listen-port=52400", "--ray-client-server-port=20100"]
+    log = lab.folder / "open.log"
+    with log.open("w") as output:
+        process = lab.start("h1", [*start, "--temp-dir=/tmp/open"], output=output, RAY_AUTH_MODE="disabled")
+    knock = ["ray", "toy.yaml", "--address", f"http://{address}:{port}"]
+    wait_for(lambda: "Ray runtime started" in log.read_text(), log.read_text)
+    reach = [
+        "curl",
+        "--silent",
+        "--fail",
+        "--retry",
+        "30",
+        "--retry-all-errors",
+        f"http://{address}:{port}/api/version",
+    ]
+    assert "ray_version" in lab.run("h0", reach)
+    assert "whoever reaches it runs any code there" in submit(*knock, code=78)
+    lab.send(process, 9)
+
+
+def workers(run: Path) -> list[int]:
+    """Of each attempt."""
+    return [record["workers"] for record in Run(run).records() if record["kind"] == "attempt"]
+
+
+def test_the_lab_leaves_no_namespace_behind() -> None:
+    found = subprocess.run(["pgrep", "-f", "while read -r line; do :; done"], capture_output=True, text=True)
+    assert found.stdout == ""
