@@ -20,7 +20,7 @@ import yaml
 
 from pipeline.sections import Track
 from pipeline.track.journal import Journal
-from pipeline.track.wandb import Wandb
+from pipeline.track.wandb import Wandb, segments
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -81,9 +81,9 @@ def live(folder: Path, number: int, begin: int, until: int, end: str, track: Tra
         print(sink.where)
         return
     if end == "flushed":
-        while not list(folder.glob("wandb/*/*.wandb")):
-            time.sleep(0.1)
-        time.sleep(3)
+        give_up = time.monotonic() + 60
+        while segments.held(segments.find(folder)) < until - 2 and time.monotonic() < give_up:
+            time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
