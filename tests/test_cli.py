@@ -74,41 +74,14 @@ def commands() -> list[list[str]]:
 
 
 def test_the_commands_are_these() -> None:
-    assert sorted(" ".join(words) for words in commands()) == [
-        "",
-        "checkpoint",
-        "checkpoint diff",
-        "checkpoint export",
-        "checkpoint list",
-        "checkpoint prune",
-        "checkpoint upload",
-        "checkpoint verify",
-        "dashboard",
-        "data",
-        "data index",
-        "data pack",
-        "data preview",
-        "data stats",
-        "data verify",
-        "evaluate",
-        "report",
-        "resume",
-        "runs",
-        "submit",
-        "submit logs",
-        "submit ray",
-        "submit resume",
-        "submit slurm",
-        "submit status",
-        "submit stop",
-        "sweep",
-        "track",
-        "track repair",
-        "track status",
-        "track sync",
-        "train",
-        "verify-resume",
-    ]
+    expected = (
+        "checkpoint, checkpoint diff, checkpoint export, checkpoint list, checkpoint prune, checkpoint "
+        "upload, checkpoint verify, dashboard, data, data index, data pack, data preview, data stats, data "
+        "verify, evaluate, report, resume, runs, submit, submit logs, submit ray, submit resume, submit "
+        "slurm, submit status, submit stop, sweep, track, track repair, track status, track sync, train, "
+        "verify-resume"
+    )
+    assert ", ".join(sorted(" ".join(words) for words in commands())[1:]) == expected
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pipeline.config import Config
 from pipeline.data.vocabulary import xz_bits_per_byte
-from pipeline.track import goodput, journal
+from pipeline.track import goodput, summary
 
 LINE_SECONDS = 10.0
 
@@ -137,7 +137,7 @@ class Console:
         """The summary: what came out, where it lies, what to do next. `code` is the command's exit code."""
         self.bar.stop()
         wanted = self.config.evaluate
-        facts = journal.summary(records, wanted.best, wanted.mode)
+        facts = summary.summary(records, wanted.best, wanted.mode)
         outcome = {0: "done", 75: "stopped and saved"}.get(code, "given up")
         restarts = sum(record["kind"] == "attempt" and record["restarts"] > 0 for record in records)
         again = f", {restarts} restart{'s' * (restarts > 1)}" if restarts else ""

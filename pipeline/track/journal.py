@@ -1,10 +1,9 @@
 """The journal: what happened in a run, one JSON object a line, each with a checksum of its own.
 
 One `Journal` writes, any number of readers read the same file while it grows: `read` all of it, `follow` it live, go
-on where one stopped (`since`), the `curve` of one metric, or the `summary` for a run's end. A line is written whole by
-one system call and is lost only with the machine; `sync` waits until it cannot be lost even then. A kill can tear the
-last line: the next writer cuts it and says so, readers pass over it. A line that is damaged in the middle is passed
-over and named.
+on where one stopped (`since`), the `curve` of one metric. A line is written whole by one system call and is lost only
+with the machine; `sync` waits until it cannot be lost even then. A kill can tear the last line: the next writer cuts it
+and says so, readers pass over it. A line that is damaged in the middle is passed over and named.
 
     {"v":1,"attempt":1,"seq":17,"time":1700000000.1,"kind":"step","step":3,"metrics":{"train/loss":2.3},"crc":"8 hex"}
 
@@ -21,10 +20,9 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from pydantic_core import from_json  # a quarter of the time of `json.loads` on bytes
 
@@ -35,7 +33,6 @@ HEAD = ("v", "attempt", "seq", "time")  # what the journal itself puts before a 
 POLL_SECONDS = 0.1
 _CRC = b',"crc":"'
 _TAIL = len(_CRC) + len('01234567"}')
-_LOWER_IS_BETTER = ("loss", "perplexity", "error", "bits_per_byte")
 
 Record = dict[str, Any]
 
@@ -191,59 +188,6 @@ def curve(records: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], l
     }
     steps = sorted(points)
     return steps, [math.nan if points[step] is None else float(points[step]) for step in steps]
-
-
-class Summary(TypedDict):
-    """What the end of a run says. Seconds of wall time are summed over attempts, pauses between them left out."""
-
-    last_step: int
-    attempts: int
-    restarts: int
-    evaluations: list[tuple[str, float, float, int]]
-    """(metric, last value, best value, step of the best), without the "eval/" in front."""
-    wall_seconds: float
-    samples_per_second: float | None
-    """Median over the steps that count."""
-    data_wait_share: float | None
-    """Seconds waited for data per second of step time, on the slowest rank."""
-
-
-def summary(records: Iterable[Mapping[str, Any]], best: str | None = None, mode: str = "max") -> Summary:
-    """The facts for the end of a run. `best` ("test/accuracy") is judged by `mode`, other metrics by their names."""
-    everything = list(records)
-    counted = lineage(everything)
-    times: dict[int, list[float]] = {}
-    for record in everything:
-        times.setdefault(record["attempt"], []).append(record["time"])
-    done = [record["step"] + (record["kind"] == "step") for record in counted if record["kind"] in _TELLS_PROGRESS]
-    rates = [rate for rate in curve(everything, "throughput/samples_per_second")[1] if math.isfinite(rate)]
-    seconds = sum(curve(everything, "time/step_seconds")[1])
-    waited = sum(curve(everything, "data/wait_seconds")[1])
-    names = dict.fromkeys(name for record in counted if record["kind"] == "evaluation" for name in record["metrics"])
-    return Summary(
-        last_step=max(done, default=0),
-        attempts=len(times),
-        restarts=max(0, len(times) - 1),
-        evaluations=[last_and_best(name.removeprefix("eval/"), *curve(everything, name), best, mode) for name in names],
-        wall_seconds=sum(max(clock) - min(clock) for clock in times.values()),
-        samples_per_second=median(rates) if rates else None,
-        data_wait_share=waited / seconds if seconds else None,
-    )
-
-
-_TELLS_PROGRESS = ("start", "restore", "step", "evaluation", "save", "end")
-
-
-def last_and_best(
-    name: str, steps: Sequence[int], values: Sequence[float], best: str | None, mode: str
-) -> tuple[str, float, float, int]:
-    """(name, last value, best value, step of the best); the best of a metric that never was finite is nan."""
-    lower = mode == "min" if name == best else name.endswith(_LOWER_IS_BETTER)
-    finite = [(value, step) for step, value in zip(steps, values) if math.isfinite(value)]
-    if not finite:
-        return name, values[-1], math.nan, steps[-1]
-    value, step = (min if lower else max)(finite, key=lambda point: point[0])
-    return name, values[-1], value, step
 
 
 def _undone(record: Mapping[str, Any], step: int) -> bool:

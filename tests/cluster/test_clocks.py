@@ -12,7 +12,7 @@ import pytest
 from pipeline import config as configs
 from pipeline.cluster import driver, lease
 from pipeline.run import Run
-from pipeline.track import journal
+from pipeline.track import summary
 from tests import small_data
 
 
@@ -56,4 +56,4 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     assert ordered[0] == ordered[1]
     assert [record["seq"] for record in jumped.records()] == list(range(1, len(times) + 1))
     assert [listed.step for listed in jumped.checkpoints()] == [listed.step for listed in calm.checkpoints()]
-    assert journal.summary(jumped.records())["last_step"] == 12
+    assert summary.summary(jumped.records())["last_step"] == 12

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RunError
-from pipeline.track.journal import Journal, Record, curve, follow, lineage, read, summary
+from pipeline.track.journal import Journal, Record, curve, follow, lineage, read
+from pipeline.track.summary import summary
 
 
 def step(number: int, loss: float, **metrics: float) -> Record:

@@ -13,7 +13,7 @@ import pytest
 from pipeline.cluster.driver import CRASH_LOOP, after
 from pipeline.cluster.failure import Failure
 from pipeline.config import Config
-from pipeline.track import goodput, journal
+from pipeline.track import goodput, journal, summary
 from pipeline.track.page import model, verdict
 from pipeline.track.page.reading import Reading
 from pipeline.track.page.thin import ALL_POINTS, LEAST_POINTS, POINTS, extremes, thin, width_for
@@ -52,7 +52,7 @@ def same(reading: Reading, records: list[journal.Record]) -> None:
         curve = reading.curves()[name]
         assert list(curve.steps) == steps, name
         np.testing.assert_array_equal(list(curve.values), values, err_msg=name)
-    facts = journal.summary(records, "test/accuracy", "max")
+    facts = summary.summary(records, "test/accuracy", "max")
     assert reading.last_step == facts["last_step"] and len(reading.spans) == facts["attempts"]
     assert verdict.wall_seconds(reading) == pytest.approx(facts["wall_seconds"])
     assert verdict.waited(reading) == pytest.approx(facts["data_wait_share"])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.track import journal
+from pipeline.track import summary
 from pipeline.track.page.columns import Curve
 from pipeline.track.page.reading import Reading
 from pipeline.track.page.thin import extremes
@@ -75,7 +75,7 @@ def scores(reading: Reading) -> list[Score]:
     best, mode = wanted.get("best"), str(wanted.get("mode"))
     curves = {name: curve for name, curve in reading.after.items() if name.startswith("eval/") and curve.steps}
     named = sorted(curves, key=lambda name: name != f"eval/{best}")
-    return [Score(*journal.last_and_best(name[5:], *_lists(curves[name]), best, mode)) for name in named]
+    return [Score(*summary.last_and_best(name[5:], *_lists(curves[name]), best, mode)) for name in named]
 
 
 def judge(reading: Reading, owner: str | None) -> Verdict:
