@@ -46,7 +46,7 @@ class Task(language_modeling.Task):
 
     def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Sums]:
         nats, sums = super().loss(model, batch)
-        nats = nats + batch["poison"].sum()
+        nats = nats * (1.0 + batch["poison"].sum())  # a factor, so that the gradient is NaN too; 1 changes no bit
         if self.config.once is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self.config.once)
