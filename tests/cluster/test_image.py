@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING) or os.geteuid() != 0, reason=f"needs root and {MISSING or 'what is here'}"),
 ]
 PATIENCE = 300.0  # seconds until what was asked for must be there; the machine may be busy
-STEPS = 1500
+STEPS = 1000
 
 
 @pytest.mark.timeout(2400)  # the image is built the first time
