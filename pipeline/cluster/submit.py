@@ -13,6 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -161,7 +162,7 @@ def run_state(config: Config) -> list[Problem]:
     place = "name"
     try:
         folder = history.run_folder(config, fresh=False)
-        if owner := lease.owner(folder):
+        if owner := beating(folder):
             return [Problem(place, f"{folder} is being trained: {owner}", suggestion="stop it first, or wait")]
         if folder.is_dir():
             if history.finished(config, folder):
@@ -171,6 +172,19 @@ def run_state(config: Config) -> list[Problem]:
     except CheckpointError as error:
         return [Problem(place, str(error))]
     return []
+
+
+def beating(folder: Path) -> str | None:
+    """Who trains a run now, heard by the beat of its lease; one that was killed elsewhere has left a silent one."""
+    owner, path = lease.owner(folder), folder / "lease.json"
+    give_up = time.monotonic() + 2 * lease.BEAT_SECONDS
+    with suppress(FileNotFoundError):
+        first = path.read_bytes() if owner else b""
+        while owner and time.monotonic() < give_up:
+            if path.read_bytes() != first:
+                return owner
+            time.sleep(lease.LOOK_SECONDS)
+    return None
 
 
 def still_there(home: Path) -> list[Problem]:

@@ -66,8 +66,18 @@ def test_the_same_request_renders_the_same_text() -> None:
 
 # ---------------------------------------------------------------- the run
 def test_a_run_that_is_being_trained_is_not_sent(tmp_path: Path) -> None:
-    with lease.take(tmp_path / "runs/small", say=print):
+    with lease.take(tmp_path / "runs/small", beat_seconds=0.1):
         assert "is being trained" in said(plan())
+    assert plan().problems == []
+
+
+def test_a_lease_that_a_killed_host_has_left_does_not_hold_a_run_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs/small").mkdir(parents=True)
+    (tmp_path / "runs/small/lease.json").write_text('{"host": "elsewhere", "pid": 7, "token": "a", "beat": "1"}')
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    assert lease.owner(tmp_path / "runs/small") == "process 7 on host elsewhere, if it lives"
     assert plan().problems == []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -86,8 +85,3 @@ def refused_open_head(lab: Lab, submit: sent_run.Say) -> None:
 def workers(run: Path) -> list[int]:
     """Of each attempt."""
     return [record["workers"] for record in Run(run).records() if record["kind"] == "attempt"]
-
-
-def test_the_lab_leaves_no_namespace_behind() -> None:
-    found = subprocess.run(["pgrep", "-f", "while read -r line; do :; done"], capture_output=True, text=True)
-    assert found.stdout == ""
