@@ -87,7 +87,7 @@ def write_checkpoint(folder: Path, size: str) -> tuple[Path, int]:
         config={"name": "benchmark"},
         network=exported.describe(module),
     )
-    path = format.commit(folder, staging, manifest, newest_attempt=1)
+    path = format.commit(folder, staging, manifest, newest_attempt=lambda: 1)
     return path, sum(4 * tensor.numel() for tensor in module.parameters())
 
 

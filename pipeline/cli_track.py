@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from pipeline.run import Run
     from pipeline.track.wandb.segments import Segment
 
-app = typer.Typer(no_args_is_help=True, help="Send runs to W&B that were recorded offline, or not to the end.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Send runs to W&B that were recorded offline, or not to the end.",
+    epilog="Example: millstream track sync runs/digits",
+)
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
 

@@ -125,14 +125,14 @@ class Reading:
         cuts = sorted({record["step"] for record in self.events if record["kind"] in _BEGIN})
         for span in self.spans:
             number, time = {"attempt": span.number}, self._times.get(span.number)
-            records.append({"kind": "first", "time": span.begin} | number)
+            records.append({"time": span.begin, "kind": "first"} | number)
             for item in self._ledger[span.number]:
                 if isinstance(item, Spent):
                     records += [record | number for record in item.records(cuts, time["time"] if time else -math.inf)]
                 else:
                     records.append(item)
             records += [time] if time else []
-            records.append({"kind": "last", "time": span.end} | number)
+            records.append({"time": span.end, "kind": "last"} | number)
         self._shares = self.position, goodput.shares(records)
         return self._shares[1]
 
