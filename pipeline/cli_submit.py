@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Send a run to a cluster: Ray jobs or Slurm. launch/README.md is a guide.",
+    help="Send a run to a cluster: Ray jobs, Slurm or Kubernetes. launch/README.md and k8s/README.md are guides.",
     epilog="Example: millstream submit slurm configs/digits.yaml -o nodes=2",
 )
 EXIT = {"done": 0, "stopped": 75, "failed": 1, "unknown": 1}
@@ -106,6 +106,40 @@ def slurm(
         image=image,
         own_code=not installed,
         options=_options(option),
+    )
+    _submit(request, render, to, watch, force)
+
+
+@app.command(epilog="Example: millstream submit k8s configs/digits.yaml --folder /storage --image REGISTRY/NAME:1.0")
+def k8s(
+    config: CONFIG,
+    folder: Annotated[Path, typer.Option(help="Where the claim is mounted; relative paths begin there.")],
+    image: Annotated[str, typer.Option(help="Image that holds Millstream and your own code, by digest.")],
+    overrides: OVERRIDES = None,
+    context: Annotated[str | None, typer.Option(help="Of kubectl; without it the one that is set.")] = None,
+    option: OPTION = None,
+    render: RENDER = False,
+    to: TO = None,
+    watch: WATCH = False,
+    force: FORCE = False,
+) -> None:
+    """Send a run to Kubernetes, as a RayJob of KubeRay.
+
+    Options (-o): nodes=1, namespace=training, claim, secret, queue, spot ...;
+    k8s/README.md has them all.
+    """
+    from pipeline.cluster.kubernetes import OPTIONS
+    from pipeline.cluster.submit import Request
+
+    request = Request(
+        target="k8s",
+        config=config,
+        overrides=tuple(overrides or ()),
+        folder=folder,
+        image=image,
+        where=context,
+        own_code=False,
+        options=_options(option, tuple(OPTIONS)),
     )
     _submit(request, render, to, watch, force)
 

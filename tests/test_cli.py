@@ -77,7 +77,7 @@ def test_the_commands_are_these() -> None:
     expected = (
         "checkpoint, checkpoint diff, checkpoint export, checkpoint list, checkpoint prune, checkpoint "
         "upload, checkpoint verify, dashboard, data, data index, data pack, data preview, data stats, data "
-        "verify, evaluate, report, resume, runs, submit, submit logs, submit ray, submit resume, submit "
+        "verify, evaluate, report, resume, runs, submit, submit k8s, submit logs, submit ray, submit resume, submit "
         "slurm, submit status, submit stop, sweep, track, track repair, track status, track sync, train, "
         "verify-resume"
     )

@@ -42,7 +42,7 @@ WORDS: dict[str, Word] = {
 WORDS |= {"Suspending": "running", "Suspended": "stopped", "Complete": "done", "Failed": "failed"}
 WORDS |= {"ValidationFailed": "failed"}
 
-__all__ = ["OPTIONS", "lint", "logs", "render", "status", "stop", "submit"]
+__all__ = ["OPTIONS", "lint", "logs", "reach", "render", "status", "stop", "submit"]
 
 
 class Place(NamedTuple):
@@ -61,6 +61,14 @@ class Place(NamedTuple):
     @property
     def id(self) -> str:
         return "/".join(self)
+
+
+def reach(run: Submission) -> list[str]:
+    """Raises RunError when there is no kubectl, the API server does not answer, or does not let us create jobs."""
+    kind = "rayclusters" if "interactive" in run.options else "rayjobs"
+    place = Place(run.where or HERE, run.options.get("namespace", "training"), kind, run.name)
+    _ask([*place.kubectl, "auth", "can-i", "create", f"{kind}.ray.io", "--quiet"])
+    return []
 
 
 def submit(rendered: Mapping[str, str], run: Submission) -> str:

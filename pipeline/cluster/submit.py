@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline import config as configs
-from pipeline.cluster import code, history, jobs, lease, secrecy, slurm
+from pipeline.cluster import code, history, jobs, kubernetes, lease, secrecy, slurm
 from pipeline.cluster.submission import CONFIG, SENT, State, Submission, Target
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.problems import InvalidConfig, Problem
 from pipeline.yaml_file import Loader
 
-TARGETS: dict[str, Target] = {"ray": jobs, "slurm": slurm}
+TARGETS: dict[str, Target] = {"ray": jobs, "slurm": slurm, "k8s": kubernetes}
 RECORD = "job.json"
 LOOK_SECONDS = 2.0
 
@@ -241,7 +241,7 @@ def find(name: str, folder: Path | None = None) -> Sent:
         record: dict[str, Any] = json.loads((home / RECORD).read_text())
     except OSError:
         known = sorted(path.parent.name for path in home.parent.glob(f"*/{RECORD}"))
-        mend = f"sent were: {', '.join(known)}" if known else "send one with `millstream submit ray|slurm CONFIG`"
+        mend = f"sent were: {', '.join(known)}" if known else "send one with `millstream submit ray|slurm|k8s CONFIG`"
         raise RunError(f"no job of a run {name!r} is kept in {home.parent}; {mend}") from None
     asked = record["request"]
     request = Request(
