@@ -104,8 +104,9 @@ def test_stopped_gone_on_with_and_cancelled(slurm: Slurm, quiet: dict[str, Any])
     assert same(state(run), quiet)
 
 
-def test_a_sweep_is_an_array(slurm: Slurm) -> None:
+def test_a_sweep_is_an_array(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slurm.lab.shared
+    monkeypatch.syspath_prepend(str(folder))  # its configurations name the task in it
     words = [
         "cluster.workers=1",
         "steps=4",
