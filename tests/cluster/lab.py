@@ -32,7 +32,7 @@ from typing import IO, NamedTuple
 ROOT = Path(__file__).parents[2]
 SUBNET = "10.77.0"
 RAY_PORT, DASHBOARD_PORT = 6379, 8265
-PATIENCE_SECONDS = 120  # until what was started must be there; the machine may be busy
+PATIENCE_SECONDS = 240  # until what was started must be there; the machine may be busy
 
 # How soon the head takes a host for dead: 4 s instead of 64 s. A user sets them where `ray start --head` is called.
 FAST = {
