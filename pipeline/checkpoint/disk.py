@@ -1,6 +1,6 @@
 """The only functions that change what a checkpoint folder holds: write a file, seal one, move and remove.
 
-Data goes through `write` in chunks: into the file and, by a thread beside, into its sha256, then to the disk (fsync).
+Data goes through `write` in chunks: into the file and then to the disk (fsync), beside that into its sha256.
 An error of the operating system comes out as a CheckpointError that names the path and the free space. At the end stand
 the single operations, so small that a test can cut the power at each of them.
 
@@ -13,8 +13,9 @@ import errno
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,7 @@ from pipeline.checkpoint.manifest import FileDigest
 from pipeline.errors import CheckpointError
 
 PIECE = 8 << 20  # bytes that are written and hashed at a time
+BEHIND = 32  # pieces that are written and not yet hashed; they stay in memory
 WORTH_A_THREAD = 1 << 20  # bytes; below, telling a thread takes as long as hashing
 
 
@@ -32,16 +34,23 @@ def write(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> FileD
     Raises CheckpointError naming the path and the free space when the disk is full or cannot be written.
     """
     digest, size = hashlib.sha256(), 0
+    hashing: deque[Future[None]] = deque()
     try:
-        with explained(path):
-            with _create(path) as file, ThreadPoolExecutor(1, thread_name_prefix="sha256") as beside:
+        with explained(path), ThreadPoolExecutor(1, thread_name_prefix="sha256") as beside:
+            with _create(path) as file:
                 for chunk in chunks:
                     for piece in _pieces(chunk):
-                        hashed = beside.submit(digest.update, piece) if piece.nbytes >= WORTH_A_THREAD else None
+                        if hashing or piece.nbytes >= WORTH_A_THREAD:
+                            hashing.append(beside.submit(digest.update, piece))
+                        else:
+                            digest.update(piece)
                         _append(file, piece)
-                        hashed.result() if hashed else digest.update(piece)
                         size += piece.nbytes
-            sync(path)
+                        while len(hashing) > BEHIND or (hashing and hashing[0].done()):
+                            hashing.popleft().result()
+            sync(path)  # what is still to be hashed is, while the disk is waited for
+            for each in hashing:
+                each.result()
     except Exception:
         with suppress(OSError):
             _remove(path)
@@ -50,7 +59,7 @@ def write(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> FileD
 
 
 def _pieces(chunk: bytes | bytearray | memoryview) -> Iterator[memoryview]:
-    """The chunk in pieces that the processor's cache may still hold for the second of the two who read them."""
+    """The chunk in pieces, so that it can be hashed while it is written."""
     view = memoryview(chunk).cast("B")
     return (view[begin : begin + PIECE] for begin in range(0, view.nbytes, PIECE))
 
