@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.cluster import kubernetes_parts, kubernetes_practice, kubernetes_rules, pod_security
+from pipeline.cluster import config_lint, kubernetes_parts, kubernetes_practice, kubernetes_rules, pod_security, secrecy
 from pipeline.cluster.kubernetes_manifest import Manifest, Run, read, section
 from pipeline.cluster.submission import CONFIG
 from pipeline.problems import Problem
@@ -36,6 +36,9 @@ def lint(rendered: Mapping[str, str]) -> list[Problem]:
         run = Run(manifest, beside, _configuration(config, beside))
         problems += [manifest.problem(found) for rule in RULES for found in rule(run)]
         problems += _same_configuration(config, run)
+    if config is not None:
+        configs, wrong = config_lint.read({CONFIG: config})
+        problems += [*wrong, *config_lint.problems(configs), *secrecy.problems({CONFIG: config})]
     return [*problems, *_twice(manifests)]
 
 
