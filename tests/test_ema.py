@@ -109,11 +109,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, An
     return gloo.run(on_two, 2, tmp_path_factory.mktemp("ema"), timeout=240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_it_is_the_average_of_the_masters_at_every_other_step_that_was_applied(two: Any, layout: Any) -> None:
     assert two[0][layout]["off"] < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_evaluation_sees_the_average_and_the_weights_come_back_to_the_bit(two: Any, layout: Any) -> None:
     for rank in two:
@@ -123,6 +125,7 @@ def test_evaluation_sees_the_average_and_the_weights_come_back_to_the_bit(two: A
         assert said["apart"] > 10 * said["inside"]
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_or_ends_to_average_says_so(two: Any) -> None:
     notes, same, begun = two[0]["notes"]["begun"]
     assert same and begun is True

@@ -144,6 +144,7 @@ def test_no_rank_holds_the_network_at_stage_3(found: list[dict[str, Any]]) -> No
         assert size > 250e6 and grown < 0.6 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["0 fp32", "1 fp32", "2 bf16", "3 fp32", "3 bf16"])
 def test_every_stage_begins_with_the_weights_of_the_folder(
     found: list[dict[str, Any]], weights: dict[str, Tensor], case: str
@@ -157,6 +158,7 @@ def test_every_stage_begins_with_the_weights_of_the_folder(
     assert counted == {name: copies * tensor.numel() for name, tensor in weights.items()}
 
 
+@pytest.mark.slow
 def test_an_exported_network_trains_on_with_another_head(found: list[dict[str, Any]], root: Path) -> None:
     [start] = of_kind(found[0]["tuned"], "start")
     assert start["notes"] == ["new, not from exported: classifier.weight, classifier.bias"]
@@ -164,6 +166,7 @@ def test_an_exported_network_trains_on_with_another_head(found: list[dict[str, A
     assert [record["step"] for record in steps] == [0, 1]
 
 
+@pytest.mark.slow
 def test_it_goes_on_when_the_folder_is_gone(found: list[dict[str, Any]], root: Path) -> None:
     assert not (root / "exported").exists()
     [restored] = of_kind(found[0]["on"], "restore")

@@ -95,6 +95,7 @@ def largest(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stage_has_the_curve_of_stage_0(two: dict[str, Any], name: str) -> None:
     plain = two[f"{name} 0"]
@@ -103,6 +104,7 @@ def test_every_stage_has_the_curve_of_stage_0(two: dict[str, Any], name: str) ->
         assert largest(two[f"{name} {stage}"], plain) < 1e-5, stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_its_state_goes_on_to_the_bit_and_elsewhere_to_rounding(
     two: dict[str, Any], three: dict[str, Any], name: str
@@ -112,6 +114,7 @@ def test_its_state_goes_on_to_the_bit_and_elsewhere_to_rounding(
     assert largest(three[name], went_on) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), OFFLOADED)
 def test_offloaded_it_has_the_curve_of_stage_0_too(two: dict[str, Any], name: str, stage: int) -> None:
     """That what it saves is read elsewhere, and the other way round, is in checkpoint/test_layouts.py."""

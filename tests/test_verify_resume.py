@@ -76,6 +76,7 @@ def test_state_that_no_checkpoint_holds_is_found(pictures: Path) -> None:
     assert "differs in 2 steps, first in 3" in losses.said and "before the kill" not in losses.said
 
 
+@pytest.mark.slow
 def test_a_run_that_follows_the_clock_is_found_and_said(pictures: Path) -> None:
     report, _ = verified(alone(pictures, {**FORGETFUL, "follows": "clock"}), steps=2, more=1)
     assert not report.passed

@@ -134,6 +134,7 @@ def test_killed_workers_change_nothing(project: Path, quiet: Path) -> None:
     assert run.curve("train/loss") == Run(quiet).curve("train/loss")
 
 
+@pytest.mark.slow
 def test_killed_driver_then_ctrl_c_change_nothing(project: Path, quiet: Path) -> None:
     """SIGKILL of a worker, then of the driver; again: Ctrl-C commits and says how to go on; again, and it ends."""
     run = project / "runs" / "driver"
