@@ -47,7 +47,7 @@ def test_commands_exist(command: str) -> None:
     if words[0].startswith("launch/"):
         assert (ROOT / words[0]).stat().st_mode & 0o111
         return
-    path = [word for word in words[1:3] if re.fullmatch(r"[a-z]+", word)]
+    path = [word for word in words[1:3] if re.fullmatch(r"[a-z][a-z0-9]*", word)]
     shown = subprocess.run(
         [sys.executable, "-m", "pipeline", *path, "--help"], capture_output=True, text=True, check=True
     )
