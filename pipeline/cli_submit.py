@@ -139,6 +139,7 @@ def k8s(
         image=image,
         where=context,
         own_code=False,
+        users_code=False,
         options=_options(option, tuple(OPTIONS)),
     )
     _submit(request, render, to, watch, force)

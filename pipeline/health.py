@@ -46,6 +46,7 @@ class Health:
     def __init__(self, session: Session, learner: Learner, every: int | None) -> None:
         self._session, self._learner, self._every = session, learner, every
         self._metrics: dict[str, float] = {}
+        self._seconds = 0.0  # that the present look took so far
         self._before: list[Tensor] = []
         self._since: dict[str, int] = {}  # "layer: trouble" -> step where it was first seen
         self._told: set[str] = set()
@@ -56,10 +57,10 @@ class Health:
 
     def before_step(self) -> None:
         """Between the last backward and the step: gradients, dead units; remember the weights."""
-        self._began = time.perf_counter()
+        began = time.perf_counter()
         norms: dict[str, Tensor] = {}
         dead: dict[str, Tensor] = {}
-        layers = dict(self._learner.engine.module.named_modules())
+        layers = {canonical(name): layer for name, layer in self._learner.engine.module.named_modules()}
         for name, gradient in self._learner.engine.gradients():
             layer, _, kind = name.rpartition(".")
             norm = gradient.float().norm()
@@ -70,16 +71,18 @@ class Health:
         self._metrics = _named("grad_norm", norms) | _named("dead_units", dead)
         pieces = layouts.pieces(self._learner.engine)
         self._before = [piece.state[layouts.MASTER].clone() for piece in pieces if layouts.MASTER in piece.state]
+        self._seconds = time.perf_counter() - began
 
     def after_step(self, step: int, batches: list[MicroBatch], applied: bool) -> None:
         """Once the step is taken: weights, updates, activations, attention; all of it into the journal."""
+        began = time.perf_counter()
         self._session.phase("evaluation", step)
         if applied:
             self._metrics |= self._weights()
         self._before = []
         self._metrics |= self._outputs(batches[0].batch)
         if self._session.world.rank == 0:
-            seconds = time.perf_counter() - self._began
+            seconds = self._seconds + time.perf_counter() - began
             self._session.record("health", step=step, metrics=self._metrics, seconds=seconds)
             for layer, message in self._troubles(step):
                 self._session.record("warning", step=step, layer=layer, message=message)

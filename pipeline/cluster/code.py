@@ -30,14 +30,18 @@ class Code(NamedTuple):
     needed: list[str]
 
 
-def collect(config: Config, *, own: bool) -> Code:
-    """The code of a run; `own`: with Millstream's package, for a target that has none, or another version of it."""
+def collect(config: Config, *, own: bool, users: bool = True) -> Code:
+    """The code of a run. own: with Millstream's package, for a target that has none, or another version of it.
+
+    users: with that of a task or a decoder by import path, unless it is installed here; a target whose image has it
+    needs none of it.
+    """
     tops = {"pipeline"} if own else set()
     needed = set()
     for module in modules(config):
         top = module.partition(".")[0]
         if top != "pipeline":
-            (needed if _installed(top) else tops).add(top)
+            (tops if users and not _installed(top) else needed).add(top)
     files = {name: path for top in sorted(tops) for name, path in sorted(_files(top))}
     return Code(files, sorted(needed))
 

@@ -67,7 +67,7 @@ def reach(run: Submission) -> list[str]:
     """Raises RunError when there is no kubectl, the API server does not answer, or does not let us create jobs."""
     kind = "rayclusters" if "interactive" in run.options else "rayjobs"
     place = Place(run.where or HERE, run.options.get("namespace", "training"), kind, run.name)
-    _ask([*place.kubectl, "auth", "can-i", "create", f"{kind}.ray.io", "--quiet"])
+    _ask([*place.kubectl, "auth", "can-i", "create", f"{kind}.ray.io"])
     return []
 
 

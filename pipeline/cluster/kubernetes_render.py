@@ -94,6 +94,8 @@ def _refuse(run: Submission) -> None:
             raise ConfigError(f"-o {name}: there is no such option; {nearest(name, OPTIONS) or ', '.join(OPTIONS)}")
     if run.image is None:
         raise ConfigError("pods need an image with Millstream in it: --image registry/millstream@sha256:...")
+    if run.workers < 1:
+        raise ConfigError("cluster.workers: 0 workers need no cluster: set it to at least 1; 0 is for debugging, here")
     if run.files:
         raise ConfigError(f"pods take their code from the image: put {', '.join(sorted(run.files)[:3])} into it")
     if run.sweep:

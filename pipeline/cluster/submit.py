@@ -44,6 +44,7 @@ class Request:
     image: str | None = None
     where: str | None = None
     own_code: bool = True  # whether Millstream's own code goes along
+    users_code: bool = True  # whether that of the run's own task and decoders does
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -81,7 +82,7 @@ def prepare(request: Request) -> Plan:
         member, wrong = load(request, folder, (*request.overrides, *overrides))
         members.append(member)
         problems += wrong
-    code_found = code.collect(config, own=request.own_code)
+    code_found = code.collect(config, own=request.own_code, users=request.users_code)
     run = Submission(
         name=config.name,
         source=request.config,
@@ -209,7 +210,7 @@ def notes(config: Config, found: code.Code, seen: bool) -> Iterable[str]:
     if config.cluster.gpu is None:
         yield "no GPU is asked for, since cluster.gpu is null; cluster.gpu=true asks for one per worker"
     if found.needed:
-        yield f"the target must have {', '.join(found.needed)}: installed packages are not sent"
+        yield f"the target must have {', '.join(found.needed)}: it is not sent"
 
 
 def send(plan: Plan, say: Callable[[str], None]) -> Sent:
@@ -253,6 +254,7 @@ def find(name: str, folder: Path | None = None) -> Sent:
         image=asked["image"],
         where=asked["where"],
         own_code=asked["own_code"],
+        users_code=asked["users_code"],
         options=asked["options"],
     )
     return Sent(home, TARGETS[request.target], record["id"], request)

@@ -14,14 +14,15 @@ itself. What it gives up: searches that learn from earlier trials; Tune has them
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline import config as configs
-from pipeline.cluster import ray, trials
+from pipeline.cluster import config_lint, ray, trials
 from pipeline.cluster.trials import STATE, Plan, scores, shown
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
@@ -76,12 +77,20 @@ def plan(
 
 
 def run(planned: Plan, first: Config, address: str | None, resume: bool, say: Callable[[str], None]) -> list[Trial]:
-    """Run the sweep to its end, the best first in what it returns. Raises RunError when there is one already."""
+    """Run the sweep to its end, the best first in what it returns.
+
+    Raises RunError when there is one already, none to go on with, or one over other points.
+    """
     state = planned.folder / STATE
     if state.exists() and not resume:
         raise RunError(f"{planned.folder} holds a sweep; go on with it by --resume, or give the run another name=...")
     if resume and not state.exists():
         raise RunError(f"{planned.folder} holds no sweep to go on with; leave --resume out")
+    points, told = planned.folder / "points.json", json.dumps(planned.points, indent=2) + "\n"
+    if resume and points.read_text() != told:
+        raise RunError(f"{planned.folder} holds a sweep over other points ({points}); give the command that began it")
+    planned.folder.mkdir(parents=True, exist_ok=True)
+    points.write_text(told)
     with ray.cluster(first, address) as resources:
         each = max(1, first.cluster.workers) * first.cluster.threads_per_worker
         width = max(1, int(resources.get("CPU", 1)) // each)
@@ -95,7 +104,7 @@ def outcome(planned: Plan, first: Config) -> list[Trial]:
     found = []
     for folder in sorted(path.parent for path in planned.folder.glob("*/journal.jsonl")):
         config = configs.load_resolved(folder / "config.yaml").model_dump(mode="json")
-        keys = {key: shown(_at(config, key)) for key in (*planned.grid, *planned.drawn)}
+        keys = {key: shown(config_lint.value(config, key)) for key in (*planned.grid, *planned.drawn)}
         finite = [(value, step) for step, value in scores(folder / "journal.jsonl", first) if math.isfinite(value)]
         best, step = (min if lower else max)(finite, key=lambda pair: pair[0]) if finite else (None, 0)
         records = journal.read(folder / "journal.jsonl").records
@@ -133,10 +142,3 @@ def _range(key: str, kind: str, low: str, high: str) -> trials.Drawn:
     if not found.low < found.high or (kind == "log" and found.low <= 0):
         raise ConfigError(f"{key}: {kind}({low},{high}) needs a smaller number first" + ", above 0" * (kind == "log"))
     return found
-
-
-def _at(tree: Mapping[str, Any], key: str) -> Any:
-    value: Any = tree
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

@@ -52,6 +52,11 @@ class Plan(NamedTuple):
     def trials(self) -> int:
         return self.samples * math.prod(len(values) for values in self.grid.values())
 
+    @property
+    def points(self) -> dict[str, Any]:
+        """What all runs have in common, and where they differ; a sweep that goes on has the same."""
+        return {"fixed": self.fixed, "grid": self.grid, "drawn": self.drawn, "samples": self.samples}
+
 
 def tuner(planned: Plan, first: Config, parallel: int, resume: bool, say: Callable[[str], None]) -> Any:
     """Tune, ready to `fit` the sweep, or to go on with it."""

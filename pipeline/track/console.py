@@ -160,7 +160,7 @@ class Console:
         self.say(f"  logs                   {here}/logs")
         if tracking:
             self.say(f"  W&B                    {tracking}")
-        then = f"millstream evaluate {here}  |  millstream checkpoint list {here}"
+        then = f"millstream report {here}  |  millstream evaluate {here}"
         if code:
             then = "the same command again goes on" + ("; first mend what is said above" if code == 1 else "")
         self.say(f"  next                   {then}")

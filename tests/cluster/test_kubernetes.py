@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.cluster import kubernetes, pod_security
+from pipeline.cluster import kubernetes, pod_security, submit
 from pipeline.cluster.kubernetes_manifest import Manifest, Run
 from pipeline.cluster.kubernetes_pods import RAY_VERSION
 from pipeline.cluster.submission import CONFIG
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
+from tests import small_data
 from tests.cluster import overlays, schemas
 from tests.cluster.overlays import K8S, OVERLAYS, ROOT
 
@@ -43,6 +45,22 @@ def test_the_base_is_what_the_command_renders() -> None:
 def test_no_rule_complains_of_an_overlay(overlay: str) -> None:
     assert kubernetes.lint(overlays.render(overlay)) == []
     assert kubernetes.lint({"all.yaml": (K8S / "rendered" / f"{overlay}.yaml").read_text()}) == []
+
+
+def test_it_is_checked_like_every_target_and_says_when_there_is_no_kubectl(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = small_data.config(tmp_path / "toy.yaml", {"name": "tests.poisoned_task"}, Path("/storage/data"))
+    image = f"registry.example.com/millstream@sha256:{'a' * 64}"
+    asked = {"target": "k8s", "folder": Path("/storage"), "image": image, "own_code": False, "users_code": False}
+    plan = submit.prepare(submit.Request(config=path, overrides=("runs=/storage/runs",), **asked))
+    assert plan.problems == [] and "rayjob.yaml" in plan.rendered
+    assert [note for note in plan.notes if "the target must have tests" in note]  # a task of one's own is in the image
+    with pytest.raises(ConfigError, match="0 workers need no cluster"):
+        submit.prepare(submit.Request(config=path, overrides=("cluster.workers=0",), **asked))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunError, match="no kubectl here"):
+        submit.send(plan, print)
 
 
 @pytest.mark.parametrize("options", BY_HAND)

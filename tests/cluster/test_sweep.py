@@ -113,3 +113,6 @@ def test_a_sweep_that_is_there_is_not_written_over(config: Path, tmp_path: Path)
     (planned.folder / "sweep").mkdir(parents=True)
     with pytest.raises(RunError, match="--resume"):
         sweep.run(planned, first, None, False, print)
+    (planned.folder / "points.json").write_text("{}")
+    with pytest.raises(RunError, match="over other points"):
+        sweep.run(planned, first, None, True, print)
