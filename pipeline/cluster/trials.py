@@ -25,6 +25,7 @@ from pipeline.track import journal
 
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 600.0  # that a trial has to finish its step and save
+HELD_BYTES = 2**27  # about what the process that follows a run takes
 STATE = "sweep"  # folder of Tune's own state, inside the sweep's
 
 
@@ -65,7 +66,9 @@ def tuner(planned: Plan, first: Config, parallel: int, resume: bool, say: Callab
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search import BasicVariantGenerator
 
-    trainable = tune.with_resources(_trainable(planned, first), {"CPU": 0 if first.cluster.workers else 1})
+    # A run under Ray asks for its workers' slots itself; what starts it must hold something, and takes no slot.
+    held = {"memory": HELD_BYTES} if first.cluster.workers else {"CPU": 1}
+    trainable = tune.with_resources(_trainable(planned, first), held)
     if resume:
         return tune.Tuner.restore(str(planned.folder / STATE), trainable, resume_unfinished=True, resume_errored=True)
     draw = {"uniform": tune.uniform, "log": tune.loguniform, "int": lambda low, high: tune.randint(low, high + 1)}
