@@ -61,7 +61,8 @@ class Plan(NamedTuple):
 
 def tuner(planned: Plan, first: Config, parallel: int, resume: bool, say: Callable[[str], None]) -> Any:
     """Tune, ready to `fit` the sweep, or to go on with it."""
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # our journals say it all
+    # Our journals say it all, and `say` what is worth a line; Tune's new output prints a box whatever `verbose` is.
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search import BasicVariantGenerator

@@ -106,6 +106,17 @@ def test_a_sweep_is_stopped_gone_on_with_and_ends_weak_runs_early(config: Path) 
     assert trials[0].folder.name in done.stdout and "state" in done.stdout
 
 
+@pytest.mark.slow
+def test_runs_under_ray_take_their_own_workers(config: Path, tmp_path: Path) -> None:
+    arguments = ["optim.lr=1e-3,1e-2", "cluster.workers=1", "steps=8", f"runs={tmp_path}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command(config, *arguments), capture_output=True, text=True, env=env, cwd=ROOT, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = sweep.outcome(*sweep.plan(config, arguments))
+    assert [(trial.state, Run(trial.folder).finished) for trial in trials] == [("done", True)] * 2
+    assert "Configuration for experiment" not in done.stdout
+
+
 def test_a_sweep_that_is_there_is_not_written_over(config: Path, tmp_path: Path) -> None:
     planned, first = sweep.plan(config, ["optim.lr=1e-3,1e-2", f"runs={tmp_path}"])
     with pytest.raises(RunError, match="no sweep to go on with"):
