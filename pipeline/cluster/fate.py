@@ -20,14 +20,10 @@ ROOT = Path("/")  # of the file system; another one in tests
 
 OUT_OF_MEMORY = "killed: out of memory"
 UNKNOWN = "killed, or out of memory"
-LESS_MEMORY = (
+_LESS = (
     "Less is needed with a smaller micro_batch_size (the same global batch, in more pieces), a higher zero.stage, or "
-    "fewer workers on a host"
 )
-LESS_DEVICE_MEMORY = (
-    "Less is needed with a smaller micro_batch_size (the same global batch, in more pieces), a higher zero.stage, or "
-    "zero.offload_optimizer=cpu"
-)
+LESS_MEMORY, LESS_DEVICE_MEMORY = f"{_LESS}fewer workers on a host", f"{_LESS}zero.offload_optimizer=cpu"
 _HOST = re.compile(r"^(\w*MemoryError|bad_alloc)|can't allocate memory|Cannot allocate memory|std::bad_alloc")
 _DEVICE = re.compile(r"^OutOfMemoryError|(CUDA|HIP|NCCL|XPU).*out of memory", re.IGNORECASE)
 
