@@ -68,7 +68,7 @@ def tuner(planned: Plan, first: Config, parallel: int, resume: bool, say: Callab
     from ray.tune.search import BasicVariantGenerator
 
     # A run under Ray asks for its workers' slots itself; what starts it must hold something, and takes no slot.
-    held = {"memory": HELD_BYTES} if first.cluster.workers else {"CPU": 1}
+    held: dict[str, float] = {"memory": HELD_BYTES} if first.cluster.workers else {"CPU": 1}
     trainable = tune.with_resources(_trainable(planned, first), held)
     if resume:
         return tune.Tuner.restore(str(planned.folder / STATE), trainable, resume_unfinished=True, resume_errored=True)
