@@ -93,7 +93,8 @@ class Lab:
         self._ports = 0
         self._stack = ExitStack()
         (self.folder / "tmp").mkdir(parents=True)
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+        # each host has a /tmp of its own, whatever this process was told to use
+        self.environment = {**os.environ, "TMPDIR": "/tmp", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
         self.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_V2_ENABLED": "1"}
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         if token:
