@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 
+import torch
 import xxhash
 
 from pipeline import ema, replicas, tasks
@@ -169,7 +170,8 @@ def gradients(
             if micro is batches[-1] and judge.refuses(session.world, sums):
                 scale = math.nan
             session.phase("backward", step)
-            engine.backward(loss * scale)
+            # A loss that is not finite spoils the gradient, also where the gradient would not show it.
+            engine.backward(loss.float() * torch.where(loss.detach().isfinite(), scale, math.nan))
         if not micro.filler:
             learner.running.add()
     return sums

@@ -49,7 +49,7 @@ class Task:
         if self.config.once is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self.config.once)
-                error = error * float("nan")
+                error = error + float("nan")  # whose gradient is finite
         return error, {"loss": (error.detach(), len(batch["target"]))}
 
     def score(self, model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
