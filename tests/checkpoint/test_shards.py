@@ -193,8 +193,11 @@ def test_files_are_safetensors_that_the_library_reads(two, root):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_stage_to_every_stage_and_world_size(tmp_path):
+    """A Latin square: each pair of stages at one world size, each stage to each world size. benchmarks/resume_matrix.py
+    has the whole table.
+    """
     written = gloo.run(write_all, 2, tmp_path, ROWS, timeout=600)[0]
-    everywhere = dict.fromkeys(range(4), (0, 1, 2, 3))
     for workers in (1, 2, 3, 4):
-        read = gloo.run(go_on, workers, tmp_path, ROWS, everywhere, timeout=900)[0]
-        assert len(read) == 64 and not differences(read, written), workers
+        goes_on = {stage: ((stage + workers) % 4,) for stage in range(4)}
+        read = gloo.run(go_on, workers, tmp_path, ROWS, goes_on, timeout=900)[0]
+        assert len(read) == 16 and not differences(read, written), workers
