@@ -289,7 +289,8 @@ def _reap(process: subprocess.Popen[str]) -> None:
         with suppress(OSError):  # it has ended
             inside = children(process.pid)
         for child in inside:  # nsenter ends with it; an orphan would be this machine's process 1's, which may reap none
-            os.kill(child, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         if not inside:
             process.kill()
     else:
