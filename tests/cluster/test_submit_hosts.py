@@ -36,7 +36,8 @@ def test_three_hosts(tmp_path: Path) -> None:
         certificates = ROOT / "launch/ray-certificates"
         subprocess.run([certificates, tmp_path / "tls", *map(lab.address, lab.hosts)], check=True)
         subprocess.run([certificates, tmp_path / "strange", lab.address("h2")], check=True)
-        lab.start_ray("h0", head=True, **tls(lab, "h0"))
+        lab.own = {host: tls(lab, host) for host in lab.hosts}
+        lab.start_ray("h0", head=True)
         plain = join(lab, "h1", RAY_USE_TLS="0")
         strange = join(lab, "h2", **tls(lab, "h2", "strange"))
         send = ["ray", "toy.yaml", "cluster.min_workers=1", "cluster.grow_seconds=3", "--address", lab.dashboard]
@@ -47,7 +48,7 @@ def test_three_hosts(tmp_path: Path) -> None:
             told, _ = outsider.communicate(timeout=PATIENCE_SECONDS)
             assert outsider.returncode and "Ray runtime started" not in told, told
         for host in ("h1", "h2"):
-            lab.start_ray(host, **tls(lab, host))
+            lab.start_ray(host)
         refused_open_head(lab, submit)
         assert not run.exists()
 
@@ -62,7 +63,7 @@ def test_three_hosts(tmp_path: Path) -> None:
 
         (tmp_path / "slow").unlink()
         lab.boot("h2")
-        lab.start_ray("h2", **tls(lab, "h2"))
+        lab.start_ray("h2")
         assert "done: SUCCEEDED" in submit("resume", "toy", "--watch")
         assert workers(run) == [2, 1, 2] and sorted(set(steps(run))) == list(range(sent_run.STEPS))
         places = (run, tmp_path / "submitted")
@@ -79,7 +80,8 @@ def tls(lab: Lab, host: str, folder: str = "tls") -> dict[str, str]:
 def join(lab: Lab, host: str, **environment: str) -> subprocess.Popen[str]:
     """A worker that has the token and tries to come in."""
     options = [f"--address={lab.ray_address}", f"--node-ip-address={lab.address(host)}", "--disable-usage-stats"]
-    return lab.start(host, ["ray", "start", "--block", *options], **environment)
+    changed = [f"{name}={value}" for name, value in environment.items()]
+    return lab.start(host, ["env", *changed, "ray", "start", "--block", *options])
 
 
 def refused_open_head(lab: Lab, submit: sent_run.Say) -> None:
