@@ -81,6 +81,7 @@ def join(lab: Lab, host: str, **environment: str) -> subprocess.Popen[str]:
     """A worker that has the token and tries to come in."""
     options = [f"--address={lab.ray_address}", f"--node-ip-address={lab.address(host)}", "--disable-usage-stats"]
     changed = [f"{name}={value}" for name, value in environment.items()]
+    changed += ["RAY_NUM_REDIS_GET_RETRIES=1"]  # it knocks once; by itself Ray goes on for minutes
     return lab.start(host, ["env", *changed, "ray", "start", "--block", *options])
 
 
