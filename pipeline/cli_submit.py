@@ -232,7 +232,8 @@ def _submit(request: Request, render: bool, to: Path | None, watch: bool, force:
         return
     sent = submit.send(plan, terminal.warn)
     size = code.report(plan.run.files).rstrip("\n").rpartition("\n")[2].strip()
-    terminal.say(f"sent {size} of code, and {len(plan.rendered)} files that are kept in {sent.home}")
+    along = f"{size} of code, and " if plan.run.files else ""
+    terminal.say(f"sent {along}{len(plan.rendered)} files that are kept in {sent.home}")
     terminal.say(f"job {sent.id}", "bold")
     if watch:
         raise typer.Exit(_watch(sent))
@@ -251,8 +252,9 @@ def _show(plan: Plan, to: Path | None) -> None:
     for name, text in plan.rendered.items():
         terminal.say(f"------ {name}", "bold")
         terminal.say(text.rstrip("\n"))
-    terminal.say("------ code that goes along: bytes, sha256, name", "bold")
-    terminal.say(code.report(plan.run.files).rstrip("\n"))
+    if plan.run.files:
+        terminal.say("------ code that goes along: bytes, sha256, name", "bold")
+        terminal.say(code.report(plan.run.files).rstrip("\n"))
 
 
 def _watch(sent: Sent) -> int:

@@ -122,7 +122,7 @@ def images(run: Run) -> Iterator[Found]:
                 yield Found(place, "is not set", "--image registry/name@sha256:...")
             elif not REFERENCE.fullmatch(image):
                 message = f"{image} is no name that an image can have"
-                yield Found(place, message, "registry.example.com/lab/millstream@sha256:, 64 digits, all small")
+                yield Found(place, message, "such as registry.example.com/lab/millstream@sha256:DIGEST")
             elif "@sha256:" not in image and tag in ("", "latest"):
                 message = f"{image} is another image tomorrow"
                 yield Found(place, message, "name it by digest, registry/name@sha256:..., or by a version")
