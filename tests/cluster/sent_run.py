@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 40
 CANARY = "canary-71c0e5aa24d9"  # in the environment of who sends; must be nowhere else
 CANARIES = {
-    "WANDB_API_KEY": f"{CANARY}-wandb{'0' * 20}",  # W&B takes no shorter one
+    "WANDB_API_KEY": f"{CANARY}-wandb{'0' * 40}",  # W&B takes no short one
     "AWS_SECRET_ACCESS_KEY": f"{CANARY}-aws",
     "HF_TOKEN": f"{CANARY}-hf",
 }
