@@ -180,6 +180,10 @@ def stop(run: NAME, watch: WATCH = False) -> None:
     from pipeline.cluster import submit
 
     sent = submit.find(run)
+    state = sent.target.status(sent.id)
+    if state.over:
+        terminal.say(f"{run} has ended already, {state.word}: {state.detail}")
+        return
     sent.target.stop(sent.id)
     terminal.say(f"{run} is asked to stop; `millstream submit resume {run}` goes on with it later")
     if watch:

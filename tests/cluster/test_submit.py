@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cli_submit
 from pipeline.cluster import lease, slurm, submit
 from pipeline.cluster.submission import State, Submission
 from pipeline.cluster.submit import Plan, Request, Sent, combinations, find, prepare, send, sweep
@@ -178,6 +179,27 @@ def test_a_job_is_found_again_by_the_name_of_its_run(tmp_path: Path, monkeypatch
     assert send(again, heard.append).id == "job-2" and find("small").id == "job-2"
     with pytest.raises(RunError, match="sent were: small"):
         find("smal")
+
+
+def test_a_sweep_goes_on_as_the_sweep_that_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(submit.TARGETS, "played", Played(State("stopped")))
+    grid = {"optim.lr": ["1e-3", "3e-4"], "seed": ["0", "1"]}
+    sent = send(plan(target="played", sweep=grid), lambda line: None)
+    assert find("small").request.sweep == grid == sent.request.sweep
+    assert len(prepare(submit.again(find("small"))).run.sweep) == 4
+
+
+def test_a_job_that_has_ended_is_not_asked_to_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    played = Played(State("done", "COMPLETED"))
+    monkeypatch.setitem(submit.TARGETS, "played", played)
+    send(plan(target="played"), lambda line: None)
+    cli_submit.stop("small")
+    assert "small has ended already, done: COMPLETED" in capsys.readouterr().out and played.asked == ["small"]
+    played.states = [State("running", "R")]
+    cli_submit.stop("small")
+    assert "is asked to stop" in capsys.readouterr().out and played.asked == ["small", "stop job-1"]
 
 
 def test_watching_tells_every_change_and_every_line_once() -> None:
