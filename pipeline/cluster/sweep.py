@@ -156,6 +156,8 @@ def _several(value: str) -> list[str]:
     try:
         node = Loader(text).get_single_node()
     except yaml.YAMLError:
+        node = None
+    if not isinstance(node, yaml.SequenceNode):
         return [value]
     return [text[each.start_mark.index : each.end_mark.index].strip() for each in node.value]
 
