@@ -16,6 +16,9 @@ app = typer.Typer(
     help="Send a run to a cluster: Ray jobs, Slurm or Kubernetes. launch/README.md and k8s/README.md are guides.",
     epilog="Example: millstream submit slurm configs/digits.yaml -o nodes=2",
 )
+SLURM = """Example: millstream submit slurm configs/digits.yaml -o nodes=2 -o time=4:00:00 -o partition=gpu
+
+Example: millstream submit slurm configs/digits.yaml optim.lr=1e-3,3e-3 seed=0,1,2 --sweep"""
 EXIT = {"done": 0, "stopped": 75, "failed": 1, "unknown": 1}
 
 CONFIG = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
@@ -73,16 +76,15 @@ def ray(
     _submit(request, render, to, watch, force)
 
 
-@app.command(epilog="Example: millstream submit slurm configs/digits.yaml -o nodes=2 -o time=4:00:00 -o partition=gpu")
+@app.command(epilog=SLURM)
 def slurm(
     config: CONFIG,
     overrides: OVERRIDES = None,
     folder: FOLDER = None,
     image: Annotated[str | None, typer.Option(help="Container: FILE.sif for apptainer, any other for pyxis.")] = None,
     sweep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=[VALUES]", help="A run for each value, as a job array; may be given again."),
-    ] = None,
+        bool, typer.Option("--sweep", help="A run for each combination of KEY=V1,V2,V3, as a job array.")
+    ] = False,
     installed: INSTALLED = False,
     option: OPTION = None,
     render: RENDER = False,
@@ -95,13 +97,14 @@ def slurm(
     Options (-o): nodes=1, python=PATH, warning=120, secrets=FILE, container=pyxis
     or apptainer; any other is a long option of sbatch.
     """
-    from pipeline.cluster.submit import Request
+    from pipeline.cluster import submit
 
-    request = Request(
+    fixed, grid = submit.sweep(overrides or ()) if sweep else (tuple(overrides or ()), {})
+    request = submit.Request(
         target="slurm",
         config=config,
-        overrides=tuple(overrides or ()),
-        sweep=tuple(sweep or ()),
+        overrides=fixed,
+        sweep=grid,
         folder=folder,
         image=image,
         own_code=not installed,
@@ -177,6 +180,10 @@ def stop(run: NAME, watch: WATCH = False) -> None:
     from pipeline.cluster import submit
 
     sent = submit.find(run)
+    state = sent.target.status(sent.id)
+    if state.over:
+        terminal.say(f"{run} has ended already, {state.word}: {state.detail}")
+        return
     sent.target.stop(sent.id)
     terminal.say(f"{run} is asked to stop; `millstream submit resume {run}` goes on with it later")
     if watch:
@@ -229,7 +236,8 @@ def _submit(request: Request, render: bool, to: Path | None, watch: bool, force:
         return
     sent = submit.send(plan, terminal.warn)
     size = code.report(plan.run.files).rstrip("\n").rpartition("\n")[2].strip()
-    terminal.say(f"sent {size} of code, and {len(plan.rendered)} files that are kept in {sent.home}")
+    along = f"{size} of code, and " if plan.run.files else ""
+    terminal.say(f"sent {along}{len(plan.rendered)} files that are kept in {sent.home}")
     terminal.say(f"job {sent.id}", "bold")
     if watch:
         raise typer.Exit(_watch(sent))
@@ -248,8 +256,9 @@ def _show(plan: Plan, to: Path | None) -> None:
     for name, text in plan.rendered.items():
         terminal.say(f"------ {name}", "bold")
         terminal.say(text.rstrip("\n"))
-    terminal.say("------ code that goes along: bytes, sha256, name", "bold")
-    terminal.say(code.report(plan.run.files).rstrip("\n"))
+    if plan.run.files:
+        terminal.say("------ code that goes along: bytes, sha256, name", "bold")
+        terminal.say(code.report(plan.run.files).rstrip("\n"))
 
 
 def _watch(sent: Sent) -> int:

@@ -1,4 +1,6 @@
-"""What the README says is true: every path of its tree exists and is complete, every command is one that there is."""
+"""What the README and the guides say is true: every path of the tree exists and is complete, every command is one that
+there is.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.test_train import RESNET
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    ((?:millstream|launch/)\S*.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+COMMAND = re.compile(r"^ {4,}((?:millstream|launch/)\S*.*?)(?:\s+#.*)?$", re.MULTILINE)
+COMMANDS = COMMAND.findall(README)
+GUIDES = [ROOT / "launch/README.md", ROOT / "k8s/README.md"]
 
 
 def tree() -> set[str]:
@@ -47,12 +51,34 @@ def test_commands_exist(command: str) -> None:
     if words[0].startswith("launch/"):
         assert (ROOT / words[0]).stat().st_mode & 0o111
         return
-    path = [word for word in words[1:3] if re.fullmatch(r"[a-z][a-z0-9]*", word)]
+    assert_known(subcommand(words), {command})
+
+
+def subcommand(words: list[str]) -> tuple[str, ...]:
+    return tuple(word for word in words[1:3] if re.fullmatch(r"[a-z][a-z0-9]*(-[a-z]+)*", word))
+
+
+def assert_known(path: tuple[str, ...], commands: set[str]) -> None:
+    """`--help` of a subcommand shows every option that the commands give it."""
     shown = subprocess.run(
         [sys.executable, "-m", "pipeline", *path, "--help"], capture_output=True, text=True, check=True
     )
-    for option in re.findall(r"--[a-z-]+", command):
+    for option in re.findall(r"--[a-z-]+", " ".join(commands)):
         assert option in shown.stdout, option
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
+def test_commands_of_the_guides_exist(guide: Path) -> None:
+    by_path: dict[tuple[str, ...], set[str]] = {}
+    for command in COMMAND.findall(guide.read_text().replace("\\\n", " ")):
+        words = command.split()
+        if words[0].startswith("launch/"):
+            assert (ROOT / words[0]).stat().st_mode & 0o111
+        else:
+            by_path.setdefault(subcommand(words), set()).add(command)
+    assert len(by_path) >= 6
+    for path, commands in by_path.items():
+        assert_known(path, commands)
 
 
 def test_the_python_example_runs(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def report(files: Mapping[str, Path]) -> str:
         content = path.read_bytes()
         total += len(content)
         lines.append(f"{len(content):>9,}  {hashlib.sha256(content).hexdigest()[:12]}  {name}")
-    return "\n".join([*lines, f"{total:>9,}  bytes in {len(files)} files", ""])
+    return "\n".join([*lines, f"{total:>9,} bytes in {len(files)} files", ""])
 
 
 def stage(files: Mapping[str, Path], folder: Path) -> None:

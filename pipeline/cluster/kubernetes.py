@@ -177,11 +177,14 @@ def _ask(command: list[str], *, given: str = "", seconds: float = ANSWER_SECONDS
 
 
 def _mend(said: str) -> str:
+    if re.match(r"no\b(?! matches)", said):  # the answer of `auth can-i`
+        return "\n   -> you may not create it there: ask for the Role of k8s/once/submitters.yaml"
     known = {
+        "was refused": "is kubectl set to the right cluster? kubectl config get-contexts",
         'no matches for kind "Ray': "KubeRay is not installed there: k8s/README.md, Before the first run",
+        "the server doesn't have a resource type 'ray": "KubeRay is not installed there: k8s/README.md",
         "the server doesn't have a resource type \"ray": "KubeRay is not installed there: k8s/README.md",
         'no matches for kind "PodMonitor"': "Prometheus' operator is not installed there: leave out -o monitor",
         "namespaces": "make the namespace once: kubectl apply -k k8s/once",
-        "was refused": "is kubectl set to the right cluster? kubectl config get-contexts",
     }
     return next((f"\n   -> {mend}" for sign, mend in known.items() if sign in said), "")

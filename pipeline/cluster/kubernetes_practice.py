@@ -28,6 +28,12 @@ SHORTEST_DRAIN, LEAST_AFTER = 60, 10  # seconds to finish a step and save; and t
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL)S?(_ID)?$", re.IGNORECASE)
 SAID = re.compile(r"(?i)(token|secret|password|passwd|api_?key|access_?key)\w*[\"']?\s*[:=]\s*[\"']?[^\s\"'$]")
 GPU = "nvidia.com/gpu"
+# A reference as registries have it (github.com/distribution/reference, regexp.go): registry, path, tag, digest.
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+REFERENCE = re.compile(
+    rf"(?:(?:localhost|[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+|[A-Za-z0-9.-]+:\d+)/)?{_PART}(?:/{_PART})*"
+    r"(?::\w[\w.-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
+)
 
 
 def version(run: Run) -> Iterator[Found]:
@@ -104,7 +110,9 @@ def graceful_end(run: Run) -> Iterator[Found]:
 
 
 def images(run: Run) -> Iterator[Found]:
-    """A tag that moves gives a retry other code; Ray refuses to join nodes of two versions."""
+    """A tag that moves gives a retry other code; Ray refuses to join nodes of two versions; a kubelet waits for ever
+    for what is no name (InvalidImageName).
+    """
     seen: dict[str, str] = {}
     for pods in run.all_pods:
         for container in pods.containers[:1]:
@@ -112,6 +120,9 @@ def images(run: Run) -> Iterator[Found]:
             tag = image.rpartition("/")[2].partition(":")[2]
             if not image:
                 yield Found(place, "is not set", "--image registry/name@sha256:...")
+            elif not REFERENCE.fullmatch(image):
+                message = f"{image} is no name that an image can have"
+                yield Found(place, message, "such as registry.example.com/lab/millstream@sha256:DIGEST")
             elif "@sha256:" not in image and tag in ("", "latest"):
                 message = f"{image} is another image tomorrow"
                 yield Found(place, message, "name it by digest, registry/name@sha256:..., or by a version")

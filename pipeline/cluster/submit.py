@@ -12,20 +12,18 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import yaml
-
 from pipeline import config as configs
 from pipeline.cluster import code, history, jobs, kubernetes, lease, secrecy, slurm
+from pipeline.cluster import sweep as sweeps
 from pipeline.cluster.submission import CONFIG, SENT, State, Submission, Target
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.problems import InvalidConfig, Problem
-from pipeline.yaml_file import Loader
 
 TARGETS: dict[str, Target] = {"ray": jobs, "slurm": slurm, "k8s": kubernetes}
 RECORD = "job.json"
@@ -39,7 +37,7 @@ class Request:
     target: str
     config: Path
     overrides: tuple[str, ...] = ()
-    sweep: tuple[str, ...] = ()  # key=[values]; each combination is a run of its own
+    sweep: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # key -> values; a run each
     folder: Path | None = None  # at the target; None: the working directory, which is shared
     image: str | None = None
     where: str | None = None
@@ -128,23 +126,26 @@ def load(request: Request, folder: Path, overrides: Iterable[str]) -> tuple[Conf
             raise error from None
 
 
-def combinations(name: str, sweep: Iterable[str]) -> list[tuple[str, ...]]:
-    """Overrides of each member of a sweep: every combination of the values, and a name of its own, <name>.<number>.
+def sweep(overrides: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """KEY=VALUE for all runs, and the values of each KEY=V1,V2, in the words of `millstream sweep`.
 
-    Raises ConfigError for `key=[values]` that is none.
+    Raises ConfigError where there are none, or none that every member of an array can be given.
     """
-    axes = []
-    for text in sweep:
-        key, _, given = text.partition("=")
-        try:
-            values = Loader(given).get_single_data()
-        except yaml.YAMLError:
-            values = None
-        if not key or not isinstance(values, list) or not values:
-            raise ConfigError(f"{text!r} is nothing to sweep over: write key=[one, two], such as optim.lr=[1e-3, 3e-4]")
-        axes.append([f"{key}={json.dumps(value)}" for value in values])
-    members = list(itertools.product(*axes)) if axes else []
-    return [(*values, f"name={name}.{number}") for number, values in enumerate(members)]
+    fixed, grid, drawn = sweeps.read(overrides)
+    if drawn:
+        mend = "give values, KEY=V1,V2; `millstream sweep` draws"
+        raise ConfigError(f"{', '.join(drawn)}: nothing is drawn from a range for a job array; {mend}")
+    if not grid:
+        raise ConfigError("nothing to sweep over: give a key several values, KEY=V1,V2, such as optim.lr=1e-3,3e-4")
+    if "name" in grid:
+        raise ConfigError("name: a sweep sets that itself, for each of its runs")
+    return fixed, grid
+
+
+def combinations(name: str, grid: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
+    """Overrides of each member of a sweep: every combination of values, and a name of its own, <name>.<number>."""
+    members = itertools.product(*([f"{key}={value}" for value in values] for key, values in grid.items()))
+    return [(*values, f"name={name}.{number}") for number, values in enumerate(members)] if grid else []
 
 
 def decoders(config: Config) -> list[Problem]:
@@ -249,7 +250,7 @@ def find(name: str, folder: Path | None = None) -> Sent:
         target=asked["target"],
         config=Path(asked["config"]),
         overrides=tuple(asked["overrides"]),
-        sweep=tuple(asked["sweep"]),
+        sweep=asked["sweep"],
         folder=Path(asked["folder"]) if asked["folder"] else None,
         image=asked["image"],
         where=asked["where"],

@@ -21,15 +21,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from pipeline import config as configs
 from pipeline.cluster import config_lint, ray, trials
 from pipeline.cluster.trials import STATE, Plan, scores, shown
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.track import journal
+from pipeline.yaml_file import Loader
 
 DRAWN = re.compile(r"(uniform|log|int)\(([^,()]+),([^,()]+)\)")
 MOST_TRIALS = 10_000
+
+
+class Words(NamedTuple):
+    """What is said of a sweep. fixed: KEY=VALUE for all runs.  grid: key -> values.  drawn: key -> range."""
+
+    fixed: tuple[str, ...]
+    grid: dict[str, list[str]]
+    drawn: dict[str, trials.Drawn]
 
 
 class Trial(NamedTuple):
@@ -42,6 +53,20 @@ class Trial(NamedTuple):
     state: str
 
 
+def read(overrides: Sequence[str]) -> Words:
+    """The words of a sweep, told apart. Raises ConfigError for a range that is none."""
+    fixed, grid, drawn = [], {}, {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if found := DRAWN.fullmatch(value.replace(" ", "")):
+            drawn[key] = _range(key, *found.groups())
+        elif len(values := _several(value)) > 1:
+            grid[key] = values
+        else:
+            fixed.append(text)
+    return Words(tuple(fixed), grid, drawn)
+
+
 def plan(
     file: Path, overrides: Sequence[str], samples: int = 1, parallel: int | None = None, early: bool = False
 ) -> tuple[Plan, Config]:
@@ -49,15 +74,7 @@ def plan(
 
     Raises ConfigError with all that is wrong at any point of the grid, or either end of a range.
     """
-    fixed, grid, drawn = [], {}, {}
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if found := DRAWN.fullmatch(value.replace(" ", "")):
-            drawn[key] = _range(key, *found.groups())
-        elif "," in value and not value.startswith(("[", "{")):
-            grid[key] = [each.strip() for each in value.split(",")]
-        else:
-            fixed.append(text)
+    fixed, grid, drawn = read(overrides)
     if not grid and not drawn:
         raise ConfigError("nothing to sweep over: give a key several values, KEY=V1,V2, or a range, KEY=log(1e-5,1e-2)")
     if samples > 1 and not drawn:
@@ -70,7 +87,7 @@ def plan(
     if first.evaluate.best is None:
         raise ConfigError("evaluate.best is not set: a sweep compares its runs by it, such as evaluate.best=test/loss")
     folder = (first.runs / f"{first.name}-sweep").absolute()
-    found = Plan(file.absolute(), folder, tuple(fixed), grid, drawn, samples, parallel, early)
+    found = Plan(file.absolute(), folder, fixed, grid, drawn, samples, parallel, early)
     if found.trials > MOST_TRIALS:
         raise ConfigError(f"{found.trials:,} runs are more than {MOST_TRIALS:,}; take fewer values, or ranges")
     return found, first
@@ -131,6 +148,18 @@ def _check(file: Path, fixed: Sequence[str], values: Mapping[str, Sequence[str]]
     if wrong:
         raise ConfigError("\n".join(f"with {keys}:\n{error}" for error, keys in wrong.items()))
     return good[0]
+
+
+def _several(value: str) -> list[str]:
+    """V1,V2 apart, as YAML would in brackets: a comma inside of a list, a mapping or quotes is part of a value."""
+    text = f"[{value}]"
+    try:
+        node = Loader(text).get_single_node()
+    except yaml.YAMLError:
+        node = None
+    if not isinstance(node, yaml.SequenceNode):
+        return [value]
+    return [text[each.start_mark.index : each.end_mark.index].strip() for each in node.value]
 
 
 def _range(key: str, kind: str, low: str, high: str) -> trials.Drawn:

@@ -120,10 +120,14 @@ def start(
     command: Sequence[str],
     *,
     env: Mapping[str, str],
+    secret: Mapping[str, str],
     mounts: Mapping[Path, str],
     log: Path,
 ) -> subprocess.Popen[bytes]:
-    """A container with the address of `name`; mounts: folder here -> path there. SIGTERM goes on to its process 1."""
+    """A container with the address of `name`; mounts: folder here -> path there. SIGTERM goes on to its process 1.
+
+    secret: variables that stand on no command line here.
+    """
     # crun does not take cgroups of both versions: the second is put out of sight in a mount namespace of our own.
     shell = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec podman "$@"'
     hosts = [f"--add-host={other}:{network.address(other)}" for other in network.names]
@@ -147,6 +151,7 @@ def start(
         "--security-opt=no-new-privileges",
         *hosts,
         *(f"--env={key}={value}" for key, value in env.items()),
+        *(f"--env={key}" for key in secret),
         *(f"--volume={here}:{there}" for here, there in mounts.items()),
         IMAGE,
         *command,
@@ -154,7 +159,7 @@ def start(
     with log.open("wb") as stream:
         return subprocess.Popen(
             ["unshare", "-m", "bash", "-c", shell, "podman", *options],
-            env=environment(),
+            env=environment() | dict(secret),
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

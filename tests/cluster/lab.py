@@ -90,6 +90,7 @@ class Lab:
         self.folder = self.shared / "lab"
         self.hosts: dict[str, Host] = {}
         self.ray: dict[str, subprocess.Popen[str]] = {}  # `ray start --block` of each host
+        self.own: dict[str, dict[str, str]] = {}  # environment of a host, beside the one of all
         self._ports = 0
         self._stack = ExitStack()
         (self.folder / "tmp").mkdir(parents=True)
@@ -138,7 +139,7 @@ class Lab:
         spaces = ["--mount", "--uts", "--ipc", "--net", "--pid", f"--wdns={self.shared}"]
         process = subprocess.Popen(
             ["nsenter", "--target", str(self.hosts[host].first), *spaces, "--", *command],
-            env=self.environment | environment,
+            env=self.environment | self.own.get(host, {}) | environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -174,6 +174,8 @@ PRACTICE = [
     Plant(P.graceful_end, f"{HEAD_POD}.containers.0.env", f"{HEAD_POD}.containers.0.env.3", GONE),
     Plant(P.images, f"{CONTAINER}.image", f"{CONTAINER}.image", "registry.example.com/millstream:latest"),
     Plant(P.images, f"{CONTAINER}.image", f"{CONTAINER}.image", "registry.example.com:5000/millstream"),
+    Plant(P.images, f"{CONTAINER}.image", f"{CONTAINER}.image", "REGISTRY/millstream:0.1.0"),
+    Plant(P.images, f"{CONTAINER}.image", f"{CONTAINER}.image", "registry.example.com/millstream@sha256:12ab"),
     Plant(P.images, f"{CONTAINER}.image", f"{CONTAINER}.image", GONE),
     Plant(P.images, f"{CONTAINER}.image", f"{CONTAINER}.image", "registry.example.com/millstream:0.2.0"),
     Plant(P.secrets, f"{HEAD_POD}.containers.0.env", *env("WANDB_API_KEY", "a" * 40)),

@@ -161,6 +161,26 @@ def test_what_cannot_be_rendered_is_refused_with_the_reason() -> None:
             kubernetes.render(config, each)
 
 
+@pytest.mark.parametrize(
+    ("answer", "mend"),
+    [
+        ("no - no RBAC policy matched", "k8s/once/submitters.yaml"),
+        ("Warning: the server doesn't have a resource type 'rayjobs' in group 'ray.io'", "KubeRay is not installed"),
+        ("Warning: the server doesn't have a resource type 'rayjobs'\nThe connection was refused", "get-contexts"),
+    ],
+)
+def test_what_a_cluster_answers_is_told_with_a_way_to_mend_it(
+    answer: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kubectl is played: no cluster with rights is at hand."""
+    played = tmp_path / "kubectl"
+    played.write_text(f'#!/bin/sh\necho "{answer}" >&2\nexit 1\n')
+    played.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(RunError, match=re.escape(mend)):
+        kubernetes.reach(overlays.submission(overlays.command("cpu"))[1])
+
+
 def test_names_are_those_that_kubernetes_has() -> None:
     config, run = overlays.submission(overlays.command("cpu"))
     rendered = kubernetes.render(config, replace(run, name="Digits_v1.2"))

@@ -110,8 +110,8 @@ def test_a_sweep_is_an_array(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> N
     words = [
         "cluster.workers=1",
         "steps=4",
+        "seed=0,1",
         "--sweep",
-        "seed=[0, 1]",
         "-o",
         "nodes=1",
         "-o",

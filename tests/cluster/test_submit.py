@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cli_submit
 from pipeline.cluster import lease, slurm, submit
 from pipeline.cluster.submission import State, Submission
-from pipeline.cluster.submit import Plan, Request, Sent, combinations, find, prepare, send
+from pipeline.cluster.submit import Plan, Request, Sent, combinations, find, prepare, send, sweep
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.problems import InvalidConfig, Problem
@@ -97,7 +98,7 @@ def test_a_run_that_is_done_or_has_lost_its_checkpoints_is_not_sent(tmp_path: Pa
 
 # ---------------------------------------------------------------- sweeps
 def test_each_member_of_a_sweep_is_a_run_of_its_own(tmp_path: Path) -> None:
-    found = plan(target="slurm", sweep=("optim.lr=[1e-3, 3e-4]", "seed=[0, 1, 2]"))
+    found = plan(target="slurm", sweep={"optim.lr": ["1e-3", "3e-4"], "seed": ["0", "1", "2"]})
     members = [Loader(found.rendered[f"config-{number}.yaml"]).get_single_data() for number in range(6)]
     assert [(each["optim"]["lr"], each["seed"]) for each in members] == [
         (lr, seed) for lr in (1e-3, 3e-4) for seed in range(3)
@@ -108,10 +109,28 @@ def test_each_member_of_a_sweep_is_a_run_of_its_own(tmp_path: Path) -> None:
     assert "CONFIG=$JOB/config-$SLURM_ARRAY_TASK_ID.yaml\n" in script
 
 
-@pytest.mark.parametrize("text", ["seed", "seed=1", "seed=[]", "=[1]", "seed=[1"])
-def test_what_is_nothing_to_sweep_over_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="nothing to sweep over"):
-        combinations("small", [text])
+def test_a_sweep_is_said_as_to_the_command_of_that_name() -> None:
+    words = ["steps=200", "optim.lr=1e-3, 3e-4", "seed=0,1,2", "optim.betas=[0.9, 0.99],[0.9, 0.999]"]
+    fixed, grid = sweep(words)
+    assert fixed == ("steps=200",)
+    assert grid["optim.lr"] == ["1e-3", "3e-4"] and grid["optim.betas"] == ["[0.9, 0.99]", "[0.9, 0.999]"]
+    assert len(combinations("small", grid)) == 2 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to sweep over"),
+        (["seed=1"], "nothing to sweep over"),
+        (["seed=[0, 1]"], "nothing to sweep over"),  # one value, a list
+        (["seed=[0, 1"], "nothing to sweep over"),
+        (["optim.lr=log(1e-4,1e-2)", "seed=0,1"], "`millstream sweep` draws"),
+        (["name=a,b"], "sets that itself"),
+    ],
+)
+def test_what_is_nothing_to_sweep_over_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sweep(words)
 
 
 # ---------------------------------------------------------------- what has left
@@ -160,6 +179,27 @@ def test_a_job_is_found_again_by_the_name_of_its_run(tmp_path: Path, monkeypatch
     assert send(again, heard.append).id == "job-2" and find("small").id == "job-2"
     with pytest.raises(RunError, match="sent were: small"):
         find("smal")
+
+
+def test_a_sweep_goes_on_as_the_sweep_that_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(submit.TARGETS, "played", Played(State("stopped")))
+    grid = {"optim.lr": ["1e-3", "3e-4"], "seed": ["0", "1"]}
+    sent = send(plan(target="played", sweep=grid), lambda line: None)
+    assert find("small").request.sweep == grid == sent.request.sweep
+    assert len(prepare(submit.again(find("small"))).run.sweep) == 4
+
+
+def test_a_job_that_has_ended_is_not_asked_to_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    played = Played(State("done", "COMPLETED"))
+    monkeypatch.setitem(submit.TARGETS, "played", played)
+    send(plan(target="played"), lambda line: None)
+    cli_submit.stop("small")
+    assert "small has ended already, done: COMPLETED" in capsys.readouterr().out and played.asked == ["small"]
+    played.states = [State("running", "R")]
+    cli_submit.stop("small")
+    assert "is asked to stop" in capsys.readouterr().out and played.asked == ["small", "stop job-1"]
 
 
 def test_watching_tells_every_change_and_every_line_once() -> None:

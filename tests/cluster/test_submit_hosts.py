@@ -1,7 +1,10 @@
-"""A run sent to a Ray cluster of three hosts: nobody gets in without the token, and a host that dies ends nothing."""
+"""A run sent to a Ray cluster of three hosts that speak TLS: nobody gets in without the token or a certificate, and a
+host that dies ends nothing.
+"""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from pipeline.run import Run
 from tests.cluster import sent_run
-from tests.cluster.lab import PATIENCE_SECONDS, Lab
+from tests.cluster.lab import PATIENCE_SECONDS, ROOT, Lab
 from tests.cluster.sent_run import CANARIES, CANARY, command, steps, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(1800)]
@@ -30,12 +33,22 @@ def test_three_hosts(tmp_path: Path) -> None:
             assert process.returncode == code and "Traceback" not in said, said
             return said
 
-        for host in ("h0", "h1", "h2"):
-            lab.start_ray(host, head=host == "h0")
+        certificates = ROOT / "launch/ray-certificates"
+        subprocess.run([certificates, tmp_path / "tls", *map(lab.address, lab.hosts)], check=True)
+        subprocess.run([certificates, tmp_path / "strange", lab.address("h2")], check=True)
+        lab.own = {host: tls(lab, host) for host in lab.hosts}
+        lab.start_ray("h0", head=True)
+        plain = join(lab, "h1", RAY_USE_TLS="0")
+        strange = join(lab, "h2", **tls(lab, "h2", "strange"))
         send = ["ray", "toy.yaml", "cluster.min_workers=1", "cluster.grow_seconds=3", "--address", lab.dashboard]
         send += ["-o", f"python={sys.executable}"]
         assert "asks for a token, and there is none here" in submit(*send, code=78, key="")
         assert "does not know this token" in submit(*send, code=78, key=tmp_path / "wrong")
+        for outsider in (plain, strange):
+            told, _ = outsider.communicate(timeout=PATIENCE_SECONDS)
+            assert outsider.returncode and "Ray runtime started" not in told, told
+        for host in ("h1", "h2"):
+            lab.start_ray(host)
         refused_open_head(lab, submit)
         assert not run.exists()
 
@@ -55,6 +68,21 @@ def test_three_hosts(tmp_path: Path) -> None:
         assert workers(run) == [2, 1, 2] and sorted(set(steps(run))) == list(range(sent_run.STEPS))
         places = (run, tmp_path / "submitted")
         assert sent_run.where_it_stands(CANARY, token.read_text(), folders=places) == []
+
+
+def tls(lab: Lab, host: str, folder: str = "tls") -> dict[str, str]:
+    """What makes Ray on a host speak TLS, as the guide has it."""
+    own = f"{lab.shared}/{folder}/{lab.address(host)}"
+    files = {"SERVER_CERT": f"{own}.crt", "SERVER_KEY": f"{own}.key", "CA_CERT": f"{lab.shared}/{folder}/ca.crt"}
+    return {"RAY_USE_TLS": "1", **{f"RAY_TLS_{name}": file for name, file in files.items()}}
+
+
+def join(lab: Lab, host: str, **environment: str) -> subprocess.Popen[str]:
+    """A worker that has the token and tries to come in."""
+    options = [f"--address={lab.ray_address}", f"--node-ip-address={lab.address(host)}", "--disable-usage-stats"]
+    changed = [f"{name}={value}" for name, value in environment.items()]
+    changed += ["RAY_NUM_REDIS_GET_RETRIES=1"]  # it knocks once; by itself Ray goes on for minutes
+    return lab.start(host, ["env", *changed, "ray", "start", "--block", *options])
 
 
 def refused_open_head(lab: Lab, submit: sent_run.Say) -> None:

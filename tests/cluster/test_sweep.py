@@ -39,10 +39,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_grid_is_the_product_and_ranges_are_drawn(config: Path) -> None:
-    planned, first = sweep.plan(config, ["optim.lr=1e-3,1e-2", "zero.stage=0,1,2", "optim.clip=log(0.1,10)"], samples=5)
+    words = ["optim.lr=1e-3,1e-2", "zero.stage=0,1,2", "optim.clip=log(0.1,10)", "optim.betas=[0.9,0.99]"]
+    planned, first = sweep.plan(config, words, samples=5)
     assert planned.trials == 2 * 3 * 5
     assert planned.folder.name == "toy-sweep" and first.optim.lr == 1e-3
-    assert planned.fixed == () and planned.drawn["optim.clip"] == ("log", 0.1, 10.0)
+    assert planned.fixed == ("optim.betas=[0.9,0.99]",) and planned.drawn["optim.clip"] == ("log", 0.1, 10.0)
 
 
 @pytest.mark.parametrize(

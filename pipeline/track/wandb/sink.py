@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.sections import Track
+from pipeline.track.console import relative
 from pipeline.track.journal import lineage, read
 from pipeline.track.wandb import account, references, segments
 
@@ -138,8 +139,8 @@ class Wandb:
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
         self._notes = references.References(self._run, identity, self._folder, self._config, self._tell)
-        here = os.path.relpath(self._folder)
-        self.where = self._run.url if mode == "online" else f"offline; `millstream track sync {here}` sends it"
+        later = f"offline; `millstream track sync {relative(self._folder)}` sends it"
+        self.where = self._run.url if mode == "online" else later
 
     def _take(self, record: Mapping[str, Any]) -> None:
         step = record.get("step", 0)
@@ -198,8 +199,7 @@ class Wandb:
     def _fail(self, reason: str) -> None:
         if not self._off.is_set():
             self._off.set()
-            here = os.path.relpath(self._folder)
-            later = f"the journal has everything (`millstream track sync {here}` sends it)"
+            later = f"the journal has everything (`millstream track sync {relative(self._folder)}` sends it)"
             self._tell(f"W&B: {reason}; left alone, {later}")
 
 
