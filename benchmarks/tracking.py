@@ -54,8 +54,7 @@ def tracked(world: World, line: Connection, plan: argparse.Namespace, path: Path
     from pipeline.train import train
 
     config = configs.load(path, [f"steps={(2 * plan.rounds + 1) * plan.steps + 1}"])
-    looks = plan.what == "health"
-    folder = Path(config.runs) / "run"
+    folder, looks = Path(config.runs) / "run", plan.what == "health"
     (folder / "attempts").mkdir(parents=True)
     board, console = Board(folder / "journal.jsonl", 1), Console(config, folder, io.StringIO())
     wandb = Wandb(config.track, folder, config.name, config.model_dump(mode="json"))
@@ -92,8 +91,7 @@ def tracked(world: World, line: Connection, plan: argparse.Namespace, path: Path
             console.show(record)
             wandb.write(record)
 
-    feeder = threading.Thread(target=feed)
-    feeder.start()
+    (feeder := threading.Thread(target=feed)).start()
     board.record({"kind": "attempt", "workers": 1, "restarts": 0, "relaunch": False})
     session = Halves(world, folder, 1, board.deliver)
     Health.due = lambda self, step: looks and session.telling and session.steps % plan.steps == plan.steps // 2

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.cluster.submission import State
-    from pipeline.cluster.submit import Plan, Request, Sent
+    from pipeline.submit.submission import State
+    from pipeline.submit.submit import Plan, Request, Sent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,7 +61,7 @@ def ray(
     The token is read from the file that RAY_AUTH_TOKEN_PATH names. Options (-o):
     python=PATH, stop_seconds=600.
     """
-    from pipeline.cluster.submit import Request
+    from pipeline.submit.submit import Request
 
     options = _options(option, ("python", "stop_seconds")) | ({"insecure": "yes"} if insecure else {})
     request = Request(
@@ -97,7 +97,7 @@ def slurm(
     Options (-o): nodes=1, python=PATH, warning=120, secrets=FILE, container=pyxis
     or apptainer; any other is a long option of sbatch.
     """
-    from pipeline.cluster import submit
+    from pipeline.submit import submit
 
     fixed, grid = submit.sweep(overrides or ()) if sweep else (tuple(overrides or ()), {})
     request = submit.Request(
@@ -131,8 +131,8 @@ def k8s(
     Options (-o): nodes=1, namespace=training, claim, secret, queue, spot ...;
     k8s/README.md has them all.
     """
-    from pipeline.cluster.kubernetes import OPTIONS
-    from pipeline.cluster.submit import Request
+    from pipeline.submit.kubernetes.target import OPTIONS
+    from pipeline.submit.submit import Request
 
     request = Request(
         target="k8s",
@@ -152,7 +152,7 @@ def k8s(
 def status(run: NAME) -> None:
     """Show what became of a run that was sent. Exit code: 0 unless it failed."""
     from pipeline import terminal
-    from pipeline.cluster import submit
+    from pipeline.submit import submit
 
     sent = submit.find(run)
     state = sent.target.status(sent.id)
@@ -165,7 +165,7 @@ def status(run: NAME) -> None:
 def logs(run: NAME, watch: WATCH = False) -> None:
     """Show what a run that was sent has said so far."""
     from pipeline import terminal
-    from pipeline.cluster import submit
+    from pipeline.submit import submit
 
     sent = submit.find(run)
     if watch:
@@ -177,7 +177,7 @@ def logs(run: NAME, watch: WATCH = False) -> None:
 def stop(run: NAME, watch: WATCH = False) -> None:
     """Ask a run that was sent to finish its step, save, and end."""
     from pipeline import terminal
-    from pipeline.cluster import submit
+    from pipeline.submit import submit
 
     sent = submit.find(run)
     state = sent.target.status(sent.id)
@@ -195,7 +195,7 @@ def resume(
     run: NAME, overrides: OVERRIDES = None, render: RENDER = False, watch: WATCH = False, force: FORCE = False
 ) -> None:
     """Send a run again to where it was, by the configuration that was sent; it goes on from its newest checkpoint."""
-    from pipeline.cluster import submit
+    from pipeline.submit import submit
 
     _submit(submit.again(submit.find(run), overrides or ()), render, None, watch, force)
 
@@ -219,8 +219,8 @@ def _options(given: list[str] | None, known: tuple[str, ...] | None = None) -> d
 def _submit(request: Request, render: bool, to: Path | None, watch: bool, force: bool) -> None:
     """Prepare, show or send. Exit code 78 with all problems, unless `force`."""
     from pipeline import terminal
-    from pipeline.cluster import code, submit
     from pipeline.problems import InvalidConfig
+    from pipeline.submit import code, submit
 
     plan = submit.prepare(request)
     if render:
@@ -246,7 +246,7 @@ def _submit(request: Request, render: bool, to: Path | None, watch: bool, force:
 
 def _show(plan: Plan, to: Path | None) -> None:
     from pipeline import terminal
-    from pipeline.cluster import code
+    from pipeline.submit import code
 
     if to is not None:
         to.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def _show(plan: Plan, to: Path | None) -> None:
 def _watch(sent: Sent) -> int:
     """Exit code of what became of it; Ctrl-C leaves it alone."""
     from pipeline import terminal
-    from pipeline.cluster import submit
+    from pipeline.submit import submit
 
     try:
         state: State = submit.watch(sent, terminal.say)

@@ -48,12 +48,12 @@ LAYERS = [
     ["learner"],
     ["saving", "health"],
     ["train"],
-    ["cluster", "plan", "track.page", "verify_resume"],
+    ["cluster", "submit", "track.page", "verify_resume"],
     ["cli", "terminal", "__init__", "__main__"]
     + [f"cli_{name}" for name in ("checkpoint", "data", "export", "report", "resume", "submit", "sweep", "track")],
 ]
 FENCES = {
-    "ray": ["cluster"],
+    "ray": ["cluster", "submit"],
     "deepspeed": ["engine", "zero", "checkpoint.shards", "checkpoint.layouts"],
     "wandb": ["track.wandb"],
     "webdataset": ["data"],

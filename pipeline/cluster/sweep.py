@@ -24,10 +24,11 @@ from typing import NamedTuple
 import yaml
 
 from pipeline import config as configs
-from pipeline.cluster import config_lint, ray, trials
+from pipeline.cluster import ray, trials
 from pipeline.cluster.trials import STATE, Plan, scores, shown
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
+from pipeline.submit import config_lint
 from pipeline.track import journal
 from pipeline.yaml_file import Loader
 

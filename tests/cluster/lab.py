@@ -286,14 +286,12 @@ def children(pid: int) -> list[int]:
 def _reap(process: subprocess.Popen[str]) -> None:
     """End what stands outside of a host: nsenter, or `unshare`, which waits until all of its host is dead."""
     if process.stdin is None:
-        inside: list[int] = []
-        with suppress(OSError):  # it has ended
-            inside = children(process.pid)
-        for child in inside:  # nsenter ends with it; an orphan would be this machine's process 1's, which may reap none
-            with suppress(ProcessLookupError):
+        # nsenter ends with its child; that as an orphan would be for this machine's process 1 to reap, which may not
+        with suppress(OSError, subprocess.TimeoutExpired):
+            for child in children(process.pid):
                 os.kill(child, signal.SIGKILL)
-        if not inside:
-            process.kill()
+            process.wait(timeout=1)
+        process.kill()
     else:
         process.stdin.close()
     process.wait(timeout=PATIENCE_SECONDS)

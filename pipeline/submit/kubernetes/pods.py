@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.cluster.kubernetes_manifest import CONFIGMAP_MOUNT
-from pipeline.cluster.kubernetes_practice import DRAIN, GPU, STOP_WAIT
-from pipeline.cluster.submission import Submission
 from pipeline.config import Config
+from pipeline.submit.kubernetes.manifest import CONFIGMAP_MOUNT
+from pipeline.submit.kubernetes.practice import DRAIN, GPU, STOP_WAIT
+from pipeline.submit.submission import Submission
 
 RAY_VERSION = "2.60.0"  # of the image, which is built by constraints.txt
 RUN, PART_OF = "millstream/run", {"app.kubernetes.io/part-of": "millstream"}

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli_submit
-from pipeline.cluster import lease, slurm, submit
-from pipeline.cluster.submission import State, Submission
-from pipeline.cluster.submit import Plan, Request, Sent, combinations, find, prepare, send, sweep
+from pipeline.cluster import lease
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.problems import InvalidConfig, Problem
+from pipeline.submit import slurm, submit
+from pipeline.submit.submission import State, Submission
+from pipeline.submit.submit import Plan, Request, Sent, combinations, find, prepare, send, sweep
 from pipeline.yaml_file import Loader
 from tests.checkpoint import small_checkpoint
 from tests.small_project import project

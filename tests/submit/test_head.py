@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster import head, jobs
 from pipeline.errors import ConfigError, RunError
+from pipeline.submit import head, jobs
 
 KEY = "canary-5be1d2a9"
 

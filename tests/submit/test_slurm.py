@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.run import Run
-from tests.cluster import sent_run, slurm_lab
 from tests.cluster.lab import PATIENCE_SECONDS, Lab
-from tests.cluster.sent_run import CANARIES, CANARY, command, same, state, steps, undisturbed, wait_for
-from tests.cluster.slurm_lab import Slurm
+from tests.submit import sent_run, slurm_lab
+from tests.submit.sent_run import CANARIES, CANARY, command, same, state, steps, undisturbed, wait_for
+from tests.submit.slurm_lab import Slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(1800)]
 

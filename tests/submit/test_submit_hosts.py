@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.run import Run
-from tests.cluster import sent_run
 from tests.cluster.lab import PATIENCE_SECONDS, ROOT, Lab
-from tests.cluster.sent_run import CANARIES, CANARY, command, steps, wait_for
+from tests.submit import sent_run
+from tests.submit.sent_run import CANARIES, CANARY, command, steps, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(1800)]
 

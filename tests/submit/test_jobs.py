@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.run import Run
-from tests.cluster import sent_run
-from tests.cluster.sent_run import CANARY, command, environment, same, state, steps, undisturbed, wait_for
+from tests.submit import sent_run
+from tests.submit.sent_run import CANARY, command, environment, same, state, steps, undisturbed, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import kubernetes
-from pipeline.cluster.submission import State
 from pipeline.errors import RunError
-from tests.cluster import api_server, overlays, schemas
-from tests.cluster.api_server import kubectl, play_operator
+from pipeline.submit.kubernetes import target as kubernetes
+from pipeline.submit.submission import State
+from tests.submit import api_server, overlays, schemas
+from tests.submit.api_server import kubectl, play_operator
 
 MISSING = ", ".join(api_server.missing()) or ("" if schemas.folder() else f"a folder of CRDs, named by {schemas.CRDS}")
 pytestmark = [

@@ -19,13 +19,13 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from pipeline.cluster.kubernetes_lint import lint
-from pipeline.cluster.kubernetes_manifest import section, text, value
-from pipeline.cluster.kubernetes_pods import RUN, object_name
-from pipeline.cluster.kubernetes_render import OPTIONS, render
-from pipeline.cluster.kubernetes_rules import QUEUE
-from pipeline.cluster.submission import CONFIG, State, Submission
 from pipeline.errors import RunError
+from pipeline.submit.kubernetes.lint import lint
+from pipeline.submit.kubernetes.manifest import section, text, value
+from pipeline.submit.kubernetes.pods import RUN, object_name
+from pipeline.submit.kubernetes.render import OPTIONS, render
+from pipeline.submit.kubernetes.rules import QUEUE
+from pipeline.submit.submission import CONFIG, State, Submission
 
 ANSWER_SECONDS = 60.0
 DELETE_SECONDS = 600.0  # for the pods of an old job to save and end

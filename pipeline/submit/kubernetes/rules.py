@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import yaml
 
-from pipeline.cluster.kubernetes_manifest import Found, Run, items, section, value
+from pipeline.submit.kubernetes.manifest import Found, Run, items, section, value
 from pipeline.yaml_file import Loader
 
 Rule = Callable[[Run], Iterator[Found]]

@@ -18,12 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from pipeline import config as configs
-from pipeline.cluster import code, history, jobs, kubernetes, lease, secrecy, slurm
+from pipeline.cluster import history, lease
 from pipeline.cluster import sweep as sweeps
-from pipeline.cluster.submission import CONFIG, SENT, State, Submission, Target
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.problems import InvalidConfig, Problem
+from pipeline.submit import code, jobs, secrecy, slurm
+from pipeline.submit.kubernetes import target as kubernetes
+from pipeline.submit.submission import CONFIG, SENT, State, Submission, Target
 
 TARGETS: dict[str, Target] = {"ray": jobs, "slurm": slurm, "k8s": kubernetes}
 RECORD = "job.json"

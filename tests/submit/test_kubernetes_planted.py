@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cluster import kubernetes_lint, kubernetes_rules
-from pipeline.cluster.kubernetes_manifest import Manifest, Run
-from pipeline.cluster.submission import CONFIG
-from tests.cluster import overlays
-from tests.cluster.mistakes import CLUSTER, GONE, HEAD_POD, PLANTS, POD, RULES, RULES_OF, STRATEGY, WORKER, Plant, rule
+from pipeline.submit.kubernetes import lint, rules
+from pipeline.submit.kubernetes.manifest import Manifest, Run
+from pipeline.submit.submission import CONFIG
+from tests.submit import overlays
+from tests.submit.mistakes import CLUSTER, GONE, HEAD_POD, PLANTS, POD, RULES, RULES_OF, STRATEGY, WORKER, Plant, rule
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=repr)
@@ -25,7 +25,7 @@ def test_it_is_found(plant: Plant) -> None:
     assert plant.place in [each.place for each in found], found
     assert all(each.message and each.mend for each in found)
     texts = {**overlays.render(plant.overlay), plant.file: yaml.safe_dump(changed[plant.file], sort_keys=False)}
-    told = [problem for problem in kubernetes_lint.lint(texts) if problem.place == f"rayjob.yaml: {plant.place}"]
+    told = [problem for problem in lint.lint(texts) if problem.place == f"rayjob.yaml: {plant.place}"]
     assert told and all(problem.line for problem in told)
 
 
@@ -89,26 +89,26 @@ def test_what_the_operator_takes_is_no_mistake(name: str) -> None:
     changed = copy.deepcopy(rendered("cpu"))
     for place, value in GOOD[name].items():
         put(changed["rayjob.yaml"], place, value)
-    found = [each for rule_of in kubernetes_rules.RULES for each in rule_of(run(changed))]
+    found = [each for rule_of in rules.RULES for each in rule_of(run(changed))]
     assert found == []
 
 
 def test_every_rule_has_a_mistake_of_its_own() -> None:
     assert {each.__name__ for each in RULES_OF} == {plant.rule.__name__ for plant in PLANTS}
-    assert set(kubernetes_lint.RULES) == set(RULES_OF)
+    assert set(lint.RULES) == set(RULES_OF)
 
 
 def test_what_is_no_manifest_is_said_with_its_line() -> None:
     rendered = overlays.render("cpu")  # text of each file
-    broken = kubernetes_lint.lint({**rendered, "rayjob.yaml": rendered["rayjob.yaml"].replace("spec:", "spec: [", 1)})
+    broken = lint.lint({**rendered, "rayjob.yaml": rendered["rayjob.yaml"].replace("spec:", "spec: [", 1)})
     assert [problem.place for problem in broken] == ["rayjob.yaml"] and broken[0].line
-    without = kubernetes_lint.lint({name: text for name, text in rendered.items() if name != "rayjob.yaml"})
+    without = lint.lint({name: text for name, text in rendered.items() if name != "rayjob.yaml"})
     assert ["not among" in str(problem) for problem in without] == [True]
     secret = yaml.safe_dump({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "stringData": {"a": "b"}})
-    assert ["in the open" in str(problem) for problem in kubernetes_lint.lint({**rendered, "s.yaml": secret})] == [True]
-    other = kubernetes_lint.lint({**rendered, CONFIG: rendered[CONFIG].replace("steps: 700", "steps: 7000")})
+    assert ["in the open" in str(problem) for problem in lint.lint({**rendered, "s.yaml": secret})] == [True]
+    other = lint.lint({**rendered, CONFIG: rendered[CONFIG].replace("steps: 700", "steps: 7000")})
     assert ["another configuration" in str(problem) for problem in other] == [True]
-    twice = kubernetes_lint.lint({**rendered, "again.yaml": rendered["account.yaml"]})
+    twice = lint.lint({**rendered, "again.yaml": rendered["account.yaml"]})
     assert ["a second ServiceAccount" in str(problem) for problem in twice] == [True]
 
 
@@ -122,7 +122,7 @@ def test_no_shape_of_a_manifest_makes_it_fail(empty: Any) -> None:
         for part in path[:-1]:
             inside = inside[part]
         inside[path[-1]] = empty
-        for each in kubernetes_lint.RULES:
+        for each in lint.RULES:
             list(each(run({**files, "rayjob.yaml": changed})))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.cluster.lab import Lab
-from tests.cluster.sent_run import wait_for
+from tests.submit.sent_run import wait_for
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
 # cred_expire: a job that was requeued waits that long (120 s by itself) before it may start again.

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.cluster import kubernetes, pod_security, submit
-from pipeline.cluster.kubernetes_manifest import Manifest, Run
-from pipeline.cluster.kubernetes_pods import RAY_VERSION
-from pipeline.cluster.submission import CONFIG
 from pipeline.errors import ConfigError, RunError
+from pipeline.submit import submit
+from pipeline.submit.kubernetes import pod_security
+from pipeline.submit.kubernetes import target as kubernetes
+from pipeline.submit.kubernetes.manifest import Manifest, Run
+from pipeline.submit.kubernetes.pods import RAY_VERSION
+from pipeline.submit.submission import CONFIG
 from tests import small_data
-from tests.cluster import overlays, schemas
-from tests.cluster.overlays import K8S, OVERLAYS, ROOT
+from tests.submit import overlays, schemas
+from tests.submit.overlays import K8S, OVERLAYS, ROOT
 
 WITHOUT_CRDS = pytest.mark.skipif(schemas.folder() is None, reason=f"{schemas.CRDS} names no folder of KubeRay's CRDs")
 BY_HAND = ["-o volcano=research -o priority=training", "-o redis=redis:6379 -o claim=work -o interface=ib0"]
@@ -29,9 +31,7 @@ def test_kustomize_builds_what_the_command_renders(overlay: str) -> None:
     built = overlays.build(K8S / "overlays" / overlay)
     ours = "---\n".join(text for name, text in rendered.items() if name != CONFIG)
     assert overlays.objects(built) == overlays.objects(ours)
-    assert (K8S / "rendered" / f"{overlay}.yaml").read_text() == built, (
-        "write it anew: python -m tests.cluster.overlays"
-    )
+    assert (K8S / "rendered" / f"{overlay}.yaml").read_text() == built, "write it anew: python -m tests.submit.overlays"
     assert overlays.objects(ours)["ConfigMap", "digits"]["data"][CONFIG] == rendered[CONFIG]
 
 

@@ -1,9 +1,9 @@
 """Reads rendered manifests over before they leave: four books of rules, each found with its file and line.
 
-    kubernetes_rules.py      what KubeRay's operator and Kueue refuse
+    rules.py      what KubeRay's operator and Kueue refuse
     pod_security.py          what a namespace that enforces "restricted" refuses
-    kubernetes_practice.py   what a run regrets
-    kubernetes_parts.py      what does not fit together
+    practice.py   what a run regrets
+    parts.py      what does not fit together
 
 What it gives up: unknown keys and wrong types. The API server knows its own schemas, and `kubectl --validate=strict`
 asks it.
@@ -14,14 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.cluster import config_lint, kubernetes_parts, kubernetes_practice, kubernetes_rules, pod_security, secrecy
-from pipeline.cluster.kubernetes_manifest import Manifest, Run, read, section
-from pipeline.cluster.submission import CONFIG
 from pipeline.problems import Problem
+from pipeline.submit import config_lint, secrecy
+from pipeline.submit.kubernetes import parts, pod_security, practice, rules
+from pipeline.submit.kubernetes.manifest import Manifest, Run, read, section
+from pipeline.submit.submission import CONFIG
 from pipeline.yaml_file import Loader
 
-RULES = (*kubernetes_rules.RULES, pod_security.restricted, pod_security.tokens, pod_security.read_only)
-RULES += (*kubernetes_practice.RULES, *kubernetes_parts.RULES)
+RULES = (*rules.RULES, pod_security.restricted, pod_security.tokens, pod_security.read_only)
+RULES += (*practice.RULES, *parts.RULES)
 
 
 def lint(rendered: Mapping[str, str]) -> list[Problem]:

@@ -18,13 +18,13 @@ from typing import Any
 import yaml
 
 from pipeline import yaml_file
-from pipeline.cluster import kubernetes_pods as pods
-from pipeline.cluster.kubernetes_manifest import CONFIGMAP_MOUNT
-from pipeline.cluster.kubernetes_rules import QUEUE
-from pipeline.cluster.submission import CONFIG, Submission
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.problems import nearest
+from pipeline.submit.kubernetes import pods
+from pipeline.submit.kubernetes.manifest import CONFIGMAP_MOUNT
+from pipeline.submit.kubernetes.rules import QUEUE
+from pipeline.submit.submission import CONFIG, Submission
 
 ENTRYPOINT = f"exec python -m pipeline train {CONFIGMAP_MOUNT}/{CONFIG}"
 OPTIONS = {

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import code, secrecy
 from pipeline.config import load
-from tests.cluster.test_submit import plan, said
+from pipeline.submit import code, secrecy
 from tests.small_project import project
+from tests.submit.test_submit import plan, said
 
 __all__ = ["project"]  # a fixture for every test here
 
@@ -24,7 +24,7 @@ def test_code_goes_along_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "house/more").mkdir()
     (tmp_path / "house/more/parts.py").write_text("PARTS = 1\n")
     files = plan().run.files
-    assert {"house/blobs.py", "house/more/parts.py", "pipeline/train.py", "pipeline/cluster/slurm.sh"} <= files.keys()
+    assert {"house/blobs.py", "house/more/parts.py", "pipeline/train.py", "pipeline/submit/slurm.sh"} <= files.keys()
     assert all(Path(name).suffix in (".py", ".sh") and name.startswith(("house/", "pipeline/")) for name in files)
     assert not any("/." in name or "__pycache__" in name for name in files)
     only = plan(own_code=False).run.files

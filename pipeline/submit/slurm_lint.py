@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
-from pipeline.cluster import config_lint, secrecy
-from pipeline.cluster.slurm_script import RENDER, SCRIPT, VARIABLES, Script, take_apart
 from pipeline.problems import Problem, nearest
+from pipeline.submit import config_lint, secrecy
+from pipeline.submit.slurm_script import RENDER, SCRIPT, VARIABLES, Script, take_apart
 
 SHORTEST_WARNING, LONGEST_WARNING = 60, 65535  # seconds; Slurm keeps them in 16 bits
 FLAGS = ("contiguous", "exclusive", "hold", "ignore-pbs", "no-kill", "requeue", "reboot", "spread-job")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.cluster import kubernetes_parts, kubernetes_practice, kubernetes_rules, pod_security
+from pipeline.submit.kubernetes import parts, pod_security, practice, rules
 
 HEAD, WORKER = "spec.rayClusterSpec.headGroupSpec", "spec.rayClusterSpec.workerGroupSpecs.0"
 HEAD_POD, POD, SUBMITTER = f"{HEAD}.template.spec", f"{WORKER}.template.spec", "spec.submitterPodTemplate.spec"
@@ -31,7 +31,7 @@ def env(name: str, value: Any) -> tuple[str, Any]:
     return f"{HEAD_POD}.containers.0.env.+", {"name": name, **({"value": value} if isinstance(value, str) else value)}
 
 
-K, P, S, J = kubernetes_rules, kubernetes_practice, pod_security, kubernetes_parts
+K, P, S, J = rules, practice, pod_security, parts
 RULES_OF = (*K.RULES, *P.RULES, *J.RULES, S.restricted, S.tokens, S.read_only)
 STRATEGY, RULES = "spec.deletionStrategy", "spec.deletionStrategy.deletionRules"
 

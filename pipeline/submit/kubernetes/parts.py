@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from pipeline.cluster.kubernetes_manifest import Found, Pods, Run, items, quantity, section, text, value
-from pipeline.cluster.kubernetes_practice import GPU
-from pipeline.cluster.kubernetes_rules import Rule
+from pipeline.submit.kubernetes.manifest import Found, Pods, Run, items, quantity, section, text, value
+from pipeline.submit.kubernetes.practice import GPU
+from pipeline.submit.kubernetes.rules import Rule
 
 
 def volumes(run: Run) -> Iterator[Found]:

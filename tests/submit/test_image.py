@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cluster.kubernetes_manifest import CONFIGMAP_MOUNT, items, section, text
+from pipeline.submit.kubernetes.manifest import CONFIGMAP_MOUNT, items, section, text
 from pipeline.track import journal
 from tests import small_data
-from tests.cluster import box, sent_run
-from tests.cluster.sent_run import CANARIES, CANARY
+from tests.submit import box, sent_run
+from tests.submit.sent_run import CANARIES, CANARY
 from tests.test_train import RESNET
 
 MISSING = ", ".join(box.missing())

@@ -16,12 +16,12 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from pipeline.cluster import code
-from pipeline.cluster.slurm_lint import lint
-from pipeline.cluster.slurm_script import BODY, SCRIPT
-from pipeline.cluster.submission import CONFIG, SENT, State, Submission
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
+from pipeline.submit import code
+from pipeline.submit.slurm_lint import lint
+from pipeline.submit.slurm_script import BODY, SCRIPT
+from pipeline.submit.submission import CONFIG, SENT, State, Submission
 
 WARNING_SECONDS = 120  # before the time limit; Slurm itself may be up to a minute early
 OWN = ("nodes", "python", "warning", "secrets", "container")  # options that are not sbatch's, or are more than that

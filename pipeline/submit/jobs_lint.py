@@ -13,9 +13,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.cluster import config_lint, secrecy
-from pipeline.cluster.submission import CONFIG
 from pipeline.problems import Problem, nearest
+from pipeline.submit import config_lint, secrecy
+from pipeline.submit.submission import CONFIG
 
 REQUEST = "request.json"
 KEYS = ("entrypoint", "entrypoint_num_cpus", "entrypoint_num_gpus", "entrypoint_memory", "entrypoint_resources")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.cluster import submit
-from pipeline.cluster.submit import TARGETS, Plan, Request, prepare
+from pipeline.submit import submit
+from pipeline.submit.submit import TARGETS, Plan, Request, prepare
 from tests.small_project import project
 
 __all__ = ["project"]  # a fixture for every test here
@@ -218,7 +218,7 @@ def test_no_false_alarm_over_good_scripts(options: dict[str, str]) -> None:
         {"overrides": ("cluster.gpu=true",), "options": {"gpus-per-node": "h100:1"}},
         {"image": "registry.example/lab/millstream:0.1"},
         {"image": "/images/millstream.sif", "overrides": ("cluster.gpu=true",)},
-        {"sweep": ("optim.lr=[1e-3, 3e-4]", "seed=[0, 1, 2]")},
+        {"sweep": {"optim.lr": ("1e-3", "3e-4"), "seed": ("0", "1", "2")}},
         {"overrides": ("cluster.workers=4", "cluster.min_workers=2", "cluster.threads_per_worker=8")},
         {"own_code": True},
         {"overrides": ("checkpoint.url=file:///shared/second", "track.entity=lab")},

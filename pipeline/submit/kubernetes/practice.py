@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from pipeline.cluster.kubernetes_manifest import (
+from pipeline.submit.kubernetes.manifest import (
     CONFIGMAP_MOUNT,
     Found,
     Run,
@@ -21,7 +21,7 @@ from pipeline.cluster.kubernetes_manifest import (
     text,
     value,
 )
-from pipeline.cluster.kubernetes_rules import Rule
+from pipeline.submit.kubernetes.rules import Rule
 
 DRAIN, STOP_WAIT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_JOB_STOP_WAIT_TIME_S"
 SHORTEST_DRAIN, LEAST_AFTER = 60, 10  # seconds to finish a step and save; and to end after that

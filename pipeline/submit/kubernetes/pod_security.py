@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.cluster.kubernetes_manifest import Container, Found, Pods, Run, items, section, text, value
+from pipeline.submit.kubernetes.manifest import Container, Found, Pods, Run, items, section, text, value
 
 VOLUMES = ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")
 MAY_ADD = ("NET_BIND_SERVICE",)

@@ -1,6 +1,6 @@
 """The overlays of k8s/ beside what the code renders: each says at its head which command renders the same.
 
-python -m tests.cluster.overlays      writes the base, each overlay's config.yaml, and k8s/rendered/ anew
+python -m tests.submit.overlays      writes the base, each overlay's config.yaml, and k8s/rendered/ anew
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import yaml
 
 from pipeline import config as configs
 from pipeline import yaml_file
-from pipeline.cluster import kubernetes
-from pipeline.cluster.kubernetes_manifest import items, section, text
-from pipeline.cluster.submission import Submission
 from pipeline.config import Config
+from pipeline.submit.kubernetes import target as kubernetes
+from pipeline.submit.kubernetes.manifest import items, section, text
+from pipeline.submit.submission import Submission
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"

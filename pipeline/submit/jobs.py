@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipeline.cluster import code, head
-from pipeline.cluster.jobs_lint import REQUEST, lint
-from pipeline.cluster.submission import CONFIG, State, Submission
 from pipeline.config import Config
 from pipeline.errors import RunError
+from pipeline.submit import code, head
+from pipeline.submit.jobs_lint import REQUEST, lint
+from pipeline.submit.submission import CONFIG, State, Submission
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -1,0 +1,1 @@
+"""What Kubernetes is sent, and what is wrong with it before it is."""
