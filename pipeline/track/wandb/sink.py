@@ -10,7 +10,8 @@ with `_step == train/step`, through kills and rewinds. `track.on_rewind` says wh
     new_run  another W&B run of the same group, with the history so far, beside the one that is left as it was
 
 Step k's row is sent when step k is recorded, together with what was measured after k steps (evaluations and their
-samples, as tables), so those appear one step late, and with how the hosts were doing before it. Checkpoints and data sets are noted there by reference, nothing of them is copied.
+samples, as tables), so those appear one step late, and with how the hosts were doing before it. Checkpoints and data
+sets are noted there by reference, nothing of them is copied.
 
 It gives up: when W&B fails or falls 10,000 records behind, it is left alone with one line of notice; the journal has
 everything, and `millstream track sync` sends it later. A run's end waits for W&B 10 s at the most.
@@ -146,6 +147,7 @@ class Wandb:
     def _take(self, record: Mapping[str, Any]) -> None:
         step = record.get("step", 0)
         if record["kind"] in ("start", "restore"):
+            self._system = {}
             if step <= self._sent:
                 self._rewind(step)
             known = _rows(lineage(read(self._folder / "journal.jsonl").records), upto=step)
@@ -243,6 +245,8 @@ def _rows(records: Iterable[Mapping[str, Any]], upto: float = math.inf) -> dict[
     for record in records:
         if record["kind"] == "node":
             system |= node.metrics(record)
+        elif record["kind"] in ("start", "restore"):
+            system = {}
         elif (values := _values(record)) and record["step"] <= upto:
             rows.setdefault(record["step"], {}).update(values)
             if record["kind"] == "step":
