@@ -72,7 +72,7 @@ class Story:
         self._write(written)
 
     def show(self, step: int) -> None:
-        """Samples of an evaluation: pictures of one set, of which every third is taken for another, texts of another."""
+        """Samples of an evaluation: pictures, of which some are taken for another, and texts."""
         place = self.folder / "samples" / f"{step:08d}"
         place.mkdir(parents=True)
         rows = []

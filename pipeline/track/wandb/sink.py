@@ -147,7 +147,6 @@ class Wandb:
     def _take(self, record: Mapping[str, Any]) -> None:
         step = record.get("step", 0)
         if record["kind"] in ("start", "restore"):
-            self._system = {}
             if step <= self._sent:
                 self._rewind(step)
             known = _rows(lineage(read(self._folder / "journal.jsonl").records), upto=step)
@@ -162,8 +161,9 @@ class Wandb:
             self._rows.setdefault(step, {}).update(values)
             if record["kind"] == "step":
                 self._rows[step] |= self._system
-                self._system = {}
                 self._send(at for at in list(self._rows) if at <= step)
+        if record["kind"] in ("start", "restore", "step"):
+            self._system = {}
         if self._notes is not None:
             self._notes.take(record)
 
