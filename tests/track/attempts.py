@@ -23,6 +23,8 @@ from pipeline.sections import Track
 from pipeline.track.journal import Journal
 from pipeline.track.wandb import Wandb, segments
 
+PICTURE = "samples/{:08d}/test-0-0.png"
+
 
 def environment(home: Path) -> dict[str, str]:
     """Without anybody's W&B account, with a home of its own."""
@@ -52,9 +54,9 @@ def attempt(folder: Path, environment: dict[str, str], *arguments: object) -> st
 
 def samples(folder: Path, step: int) -> list[dict[str, Any]]:
     """One with a picture, and one whose picture is gone."""
-    place = folder / "samples" / f"{step:08d}"
-    place.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (4, 4), step).save(place / "test-0-0.png")
+    path = folder / PICTURE.format(step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 4), step).save(path)
     names = (f"{step:08d}/test-{number}-0.png" for number in (0, 1))
     return [{"picture": {"picture": name}, "label": 3, "text": "ä <b>"} for name in names]
 
@@ -81,7 +83,7 @@ def live(folder: Path, number: int, begin: int, until: int, end: str, track: Tra
         record("step", step=step, metrics={"train/loss": step + number / 10, "optim/lr": None})
         if (step + 1) % 10 == 0:
             record("evaluation", step=step + 1, metrics={"eval/test/accuracy": (step + 1) / 100})
-            if (step + 1) % 20 == 0 and step < 60:
+            if (step + 1) % 20 == 0 and step < 80:
                 record("samples", step=step + 1, sets={"test": samples(folder, step + 1)})
             path = folder / "checkpoints" / f"checkpoint-{step + 1:08d}"
             path.mkdir(parents=True, exist_ok=True)
