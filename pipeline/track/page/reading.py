@@ -32,7 +32,7 @@ from pipeline.track.page.columns import Curve, Spent
 READ_BYTES = 4 << 20  # at a time; other threads look in between
 DETAIL = 4000  # characters of a traceback that are kept
 EACH_RANK = ("skip", "spike")  # written by each rank, but one of them is enough to count
-MOMENTS = 24  # evaluations whose samples are kept, at the most; the older, the wider apart
+MOMENTS = 24  # evaluations whose samples are kept, at the most, about evenly
 _BEGIN = ("start", "restore", "rollback")  # after whose `step` steps the run goes on
 NUMBERS = (
     "step",
@@ -212,8 +212,9 @@ class Reading:
     def _keep(self, record: Mapping[str, Any]) -> None:
         sets = {name: [{key: _short(row[key]) for key in row} for row in rows] for name, rows in record["sets"].items()}
         self.samples.append({"step": record["step"], "sets": sets})
-        if len(self.samples) > MOMENTS:
-            del self.samples[1:-1:2]
+        steps = [moment["step"] for moment in self.samples]
+        if len(steps) > MOMENTS:  # the one that leaves the smallest gap goes
+            del self.samples[min(range(1, MOMENTS), key=lambda place: steps[place + 1] - steps[place - 1])]
 
     def _span(self, record: Mapping[str, Any]) -> Span:
         """The span of the record's attempt, up to its time."""
