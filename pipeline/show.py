@@ -48,6 +48,7 @@ def show(config: Config, task: Task, engine: Engine) -> dict[str, list[Row]]:
 def keep(session: Session, step: int, shown: dict[str, list[Row]]) -> None:
     """Write the pictures and record all of it. A disk that takes no more of them is a warning."""
     sets: dict[str, list[dict[str, Any]]] = {}
+    failed: OSError | None = None
     for name, rows in shown.items():
         sets[name] = []
         for number, row in enumerate(rows):
@@ -58,9 +59,10 @@ def keep(session: Session, step: int, shown: dict[str, list[Row]]) -> None:
                     for place, (column, pixels) in enumerate(pictures.items())
                 }
             except OSError as error:
-                session.record("warning", step=step, message=f"pictures of samples were not written: {error}")
-                files = dict.fromkeys(pictures)
+                failed, files = error, dict.fromkeys(pictures)
             sets[name].append({**row, **files})
+    if failed:
+        session.record("warning", step=step, message=f"pictures of samples were not written: {failed}")
     session.record("samples", step=step, sets=sets)
 
 
@@ -94,8 +96,7 @@ def _write(folder: Path, name: str, pixels: np.ndarray) -> str:
     """Write a picture, uint8 [H, W, 1 or 3]; its name in the folder. Raises OSError."""
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     image.thumbnail((SIDE, SIDE))
-    kind, how = ("png", {"optimize": True}) if max(image.size) <= LOSSLESS else ("jpg", {"quality": 85})
-    path = folder / f"{name}.{kind}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **how)
-    return f"{name}.{kind}"
+    file = f"{name}.png" if max(image.size) <= LOSSLESS else f"{name}.jpg"
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    image.save(folder / file, quality=85)  # of JPEG; PNG has none
+    return file

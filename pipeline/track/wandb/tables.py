@@ -40,9 +40,9 @@ def staged(folder: Path) -> Iterator[None]:
 def _table(samples: Sequence[Mapping[str, Any]], folder: Path) -> Any:
     import wandb
 
-    names = list(dict.fromkeys(name for sample in samples for name in sample))
+    names = dict.fromkeys(name for sample in samples for name in sample)
     columns = [_alike([_cell(sample.get(name), folder) for sample in samples]) for name in names]
-    return wandb.Table(columns=names, data=[list(row) for row in zip(*columns)])
+    return wandb.Table(columns=[*names], data=[list(row) for row in zip(*columns)])
 
 
 def _cell(value: Any, folder: Path) -> Any:
