@@ -34,16 +34,8 @@ DETAIL = 4000  # characters of a traceback that are kept
 EACH_RANK = ("skip", "spike")  # written by each rank, but one of them is enough to count
 MOMENTS = 24  # evaluations whose samples are kept, at the most, about evenly
 _BEGIN = ("start", "restore", "rollback")  # after whose `step` steps the run goes on
-NUMBERS = (
-    "step",
-    "evaluation",
-    "samples",
-    "save",
-    "time",
-    "health",
-    "pace",
-    "node",
-)  # kinds that come by the thousand: no events
+# Kinds that come by the thousand: no events.
+NUMBERS = ("step", "evaluation", "samples", "save", "time", "health", "pace", "node")
 
 
 @dataclass(slots=True)
@@ -211,7 +203,8 @@ class Reading:
 
     def _keep(self, record: Mapping[str, Any]) -> None:
         sets = {name: [{key: _short(row[key]) for key in row} for row in rows] for name, rows in record["sets"].items()}
-        self.samples.append({"step": record["step"], "sets": sets})
+        before = [moment for moment in self.samples if moment["step"] < record["step"]]
+        self.samples = [*before, {"step": record["step"], "sets": sets}]
         steps = [moment["step"] for moment in self.samples]
         if len(steps) > MOMENTS:  # the one that leaves the smallest gap goes
             del self.samples[min(range(1, MOMENTS), key=lambda place: steps[place + 1] - steps[place - 1])]
