@@ -49,13 +49,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
         ("pictures", small_data.images(folder / "shards"), {"name": "tests.planted_task"}),
         ("text", small_data.rows(folder / "rows"), GPT | {"tokenizer": str(folder / "rows" / "tokenizer.json")}),
     ):
-        data = {"train": str(shards)} | ({"evaluate": {"test": str(shards)}} if name == "text" else {})
-        rest = {
-            "steps": 8,
-            "checkpoint": {"every": 100},
-            "track": {"wandb": "off", "health_every": 2},
-            "evaluate": {"every": 4},
-        }
+        data: dict[str, Any] = {"train": str(shards)}
+        rest = {"steps": 8, "checkpoint": {"every": 100}, "track": {"wandb": "off", "health_every": 2}}
+        if name == "text":
+            data, rest = data | {"evaluate": {"test": str(shards)}}, rest | {"evaluate": {"every": 4}}
         paths.append(small_data.config(folder / f"{name}.yaml", task, shards, name=name, data=data, **rest))
     return gloo.run(looks, 2, *paths, folder / "runs", timeout=240)[0]
 

@@ -107,9 +107,8 @@ def test_loss_equals_plain_pytorch_and_bits_follow_from_nats(text: Path) -> None
 
 def test_what_is_shown_is_greedy_and_takes_as_many_passes_for_any_rows(text: Path) -> None:
     task = task_of(text)
-    model, batch = built(task), batch_of(task, text)
+    model, batch, passes = built(task), batch_of(task, text), []
     batch["labels"][1, 3:] = IGNORED  # a short row
-    passes: list[int] = []
 
     def counted(**inputs: Any) -> Any:
         passes.append(len(inputs["input_ids"]))
@@ -125,12 +124,10 @@ def test_what_is_shown_is_greedy_and_takes_as_many_passes_for_any_rows(text: Pat
             for _ in range(9):
                 said = torch.cat([said, model(input_ids=said[None]).logits[0, -1:].argmax(dim=-1)])
             truth = [label for label in labels[begin - 1 : begin + 8].tolist() if label != IGNORED]
-            nats = functional.cross_entropy(
-                model(input_ids=tokens[None]).logits[0, begin - 1 : begin - 1 + len(truth)], torch.tensor(truth)
-            )
-            parts = (tokens[:begin].tolist(), said[begin:].tolist(), truth)
-            decoded = [tokenizer.decode(part, skip_special_tokens=False) for part in parts]
-            assert [row["context"], row["continuation"], row["truth"]] == decoded
+            logits = model(input_ids=tokens[None]).logits[0, begin - 1 : begin - 1 + len(truth)]
+            nats = functional.cross_entropy(logits, torch.tensor(truth))
+            for name, part in {"context": said[:begin], "continuation": said[begin:], "truth": truth}.items():
+                assert row[name] == tokenizer.decode(list(part), skip_special_tokens=False)
             assert row["loss"] == pytest.approx(float(nats), rel=1e-5)
 
 

@@ -58,19 +58,20 @@ class Gallery {
 
   card(row, columns, pictured, what) {
     const words = columns.filter((column) => !pictured.includes(column));
-    const told = words.map((column) => `${column} ${told_as(row[column])}`);
+    const words_told = words.map((column) => `${column} ${told_as(row[column])}`);
     const wrong = "label" in row && "prediction" in row && row.label !== row.prediction;
-    const images = pictured.map((column) =>
-      row[column] && row[column].picture
-        ? el("img", { src: this.source(row[column]), alt: `${column}, ${what}: ${told.join(", ")}` })
-        : el("p", {}, "no picture"),
-    );
+    const images = pictured.map((column) => {
+      const source = row[column] && this.source(row[column]);
+      if (!source) return el("p", {}, "no picture");
+      return el("img", { src: source, alt: `${column}, ${what}: ${words_told.join(", ")}` });
+    });
     const facts = words.flatMap((column) => [el("dt", {}, column), el("dd", {}, told_as(row[column]))]);
     return el("div", { class: `sample${wrong ? " wrong" : ""}` }, ...images, el("dl", {}, ...facts));
   }
 
   source(cell) {
-    return cell.data || `api/picture?${new URLSearchParams({ name: this.run.name, file: cell.picture })}`;
+    if (cell.data || !told.live) return cell.data; // a file holds its pictures
+    return `api/picture?${new URLSearchParams({ name: this.run.name, file: cell.picture })}`;
   }
 }
 
