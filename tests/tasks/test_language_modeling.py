@@ -114,9 +114,8 @@ def test_what_is_shown_is_greedy_and_takes_as_many_passes_for_any_rows(text: Pat
         passes.append(len(inputs["input_ids"]))
         return model(**inputs)
 
-    tokenizer = Tokenizer.from_file(str(text / "tokenizer.json"))
     with torch.no_grad():
-        rows = task.show(counted, batch)
+        tokenizer, rows = Tokenizer.from_file(str(text / "tokenizer.json")), task.show(counted, batch)
         assert passes == [len(rows)] * 9 == [len(batch["tokens"])] * 9
         for row, tokens, labels in zip(rows, batch["tokens"], batch["labels"]):
             begin = max(1, int((labels != IGNORED).sum()) // 2)
