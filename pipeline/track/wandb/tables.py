@@ -2,8 +2,8 @@
 
 W&B keeps a table as a file of the run and, with its pictures, as an artifact. It copies what goes into artifacts to a
 staging folder first, in the home folder; here that is in the run's own, so that what was recorded offline is still
-there when it is sent from another host. What it gives up: W&B asks its server before it takes an artifact, so the rows
-behind a table wait for that answer; a picture that is not there any more is left out.
+there when it is sent from another host. What it gives up: the pictures of a table that the server has not taken when a
+run ends (references.py); a picture that is not there any more is left out.
 """
 
 from __future__ import annotations
