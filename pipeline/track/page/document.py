@@ -67,8 +67,9 @@ def document(title: str, told: dict[str, Any], connect: str, images: str) -> tup
     )
     body = _asset("page.html") + f'<script type="application/json" id="told">{model.text(told)}</script>'
     body += "".join(f"<script>{script}</script>" for script in scripts)
-    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    return look.document(title, _asset("uPlot.min.css") + _asset("page.css"), body, meta), policy
+    # An empty icon: else the browser asks the server for one, which it has not.
+    head = f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">'
+    return look.document(title, _asset("uPlot.min.css") + _asset("page.css"), body, head), policy
 
 
 def _put_in(samples: list[dict[str, Any]], folder: Path) -> None:

@@ -91,7 +91,7 @@ class Server(ThreadingHTTPServer):
             mend = "choose another port with --port, 0 for any, or another address with --host"
             raise RunError(f"{host}:{port} cannot be served: {error.strerror or error}; {mend}") from error
         told = {"live": True, "title": self.shelf.folder.name, "list": [], "runs": []}
-        page, policy = document.document(f"{self.shelf.folder.name} - millstream", told, "'self'", "'self'")
+        page, policy = document.document(f"{self.shelf.folder.name} - millstream", told, "'self'", "'self' data:")
         self.page, self.policy = page.encode(), f"{policy}; frame-ancestors 'none'"
         self.loopback = ipaddress.ip_address(str(self.server_address[0])).is_loopback
 
