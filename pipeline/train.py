@@ -32,6 +32,7 @@ from pipeline.pace import Pace
 from pipeline.randomness import Randomness
 from pipeline.saving import Saving
 from pipeline.session import Session
+from pipeline.show import keep, show
 
 
 def train(config: Config, session: Session) -> str:
@@ -178,14 +179,17 @@ def gradients(
 
 
 def score(config: Config, session: Session, learner: Learner, step: int) -> None:
-    """Score the held-out sets as the network stands after `step` steps, and record it."""
+    """Score the held-out sets as the network stands after `step` steps, and record it, with samples to look at."""
     session.phase("evaluation", step)
     began = time.perf_counter()
     learner.running.publish()
     learner.scores = evaluate(config, learner.task, learner.engine, session.world)
     learner.scored_step = step
+    shown = show(config, learner.task, learner.engine)
     if learner.scores and session.world.rank == 0:
         session.record("evaluation", step=step, metrics=learner.scores, seconds=time.perf_counter() - began)
+    if shown and session.world.rank == 0:
+        keep(session, step, shown)
 
 
 def evaluate_checkpoint(config: Config, session: Session, step: int | None) -> tuple[int, dict[str, float]]:

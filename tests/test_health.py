@@ -24,7 +24,10 @@ def looks(world: World, pictures: Path, text: Path, runs: Path) -> dict[str, lis
     """By case: this rank's records."""
     images = {f"images {stage}": (pictures, [f"zero.stage={stage}"]) for stage in STAGES}
     words = {f"text {stage}": (text, [f"zero.stage={stage}"]) for stage in (0, 3)}
-    never = {f"text {stage} never": (text, [f"zero.stage={stage}", "track.health_every=null"]) for stage in (0, 3)}
+    never = {
+        f"text {stage} never": (text, [f"zero.stage={stage}", "track.health_every=null", "track.samples=0"])
+        for stage in (0, 3)
+    }
     planted = {
         "healthy": (pictures, []),
         "dead": (pictures, ["task.dead=true"]),
@@ -46,8 +49,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
         ("pictures", small_data.images(folder / "shards"), {"name": "tests.planted_task"}),
         ("text", small_data.rows(folder / "rows"), GPT | {"tokenizer": str(folder / "rows" / "tokenizer.json")}),
     ):
-        data = {"train": str(shards)}
+        data: dict[str, Any] = {"train": str(shards)}
         rest = {"steps": 8, "checkpoint": {"every": 100}, "track": {"wandb": "off", "health_every": 2}}
+        if name == "text":
+            data, rest = data | {"evaluate": {"test": str(shards)}}, rest | {"evaluate": {"every": 4}}
         paths.append(small_data.config(folder / f"{name}.yaml", task, shards, name=name, data=data, **rest))
     return gloo.run(looks, 2, *paths, folder / "runs", timeout=240)[0]
 
@@ -84,10 +89,13 @@ def test_gradient_norms_are_the_parts_of_the_whole(two: dict[str, list[dict[str,
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_looking_changes_nothing(two: dict[str, list[dict[str, Any]]], stage: int) -> None:
-    """A network with dropout: losses with and without looks are equal to the bit."""
+    """A network with dropout: losses and scores with and without looks, and samples shown, are equal to the bit."""
     curves = [[r["metrics"]["train/loss"] for r in of_kind(two[name], "step")] for name in _pair(stage)]
     assert curves[0] == curves[1] and len(curves[0]) == 8
     assert [len(of_kind(two[name], "health")) for name in _pair(stage)] == [4, 0]
+    scores = [[r["metrics"] for r in of_kind(two[name], "evaluation")] for name in _pair(stage)]
+    assert scores[0] == scores[1] and len(scores[0]) == 2
+    assert [len(of_kind(two[name], "samples")) for name in _pair(stage)] == [2, 0]
 
 
 def _pair(stage: int) -> tuple[str, str]:

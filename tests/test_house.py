@@ -35,6 +35,8 @@ LAYERS = [
         "engine",
         "ema",
         "evaluate",
+        "show",
+        "node",
         "guard",
         "spikes",
         "replicas",

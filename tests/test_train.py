@@ -19,6 +19,7 @@ from pipeline.data.stream import Stream
 from pipeline.optim import learning_rate
 from pipeline.randomness import DrawOutsideScope, Randomness
 from pipeline.session import World
+from pipeline.track import pictures
 from tests import gloo, small_data
 from tests.small_session import of_kind, records_of
 
@@ -53,10 +54,10 @@ GPT = {
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One configuration a case: batch norm with mixup, group norm with SGD, a dropout transformer on ragged rows."""
     folder = tmp_path_factory.mktemp("cases")
-    pictures, text = small_data.images(folder / "pictures"), small_data.rows(folder / "text")
+    images, text = small_data.images(folder / "pictures"), small_data.rows(folder / "text")
     gpt = GPT | {"tokenizer": str(text / "tokenizer.json")}
     sgd = {"name": "sgd", "lr": 0.05, "weight_decay": 1e-3, "schedule": {"warmup": 4}}
-    both = {"train": str(pictures), "evaluate": {"test": str(pictures)}}
+    both = {"train": str(images), "evaluate": {"test": str(images)}}
     written: dict[str, Path] = {}
     for name, task, data, changes in (
         ("batch-norm", RESNET, both, {"zero": {"stage": 1}}),
@@ -65,7 +66,15 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ):
         path = folder / f"{name}.yaml"
         small_data.config(
-            path, task, Path("unused"), name=name, data=data, steps=STEPS, checkpoint={"every": 100}, **changes
+            path,
+            task,
+            Path("unused"),
+            name=name,
+            data=data,
+            steps=STEPS,
+            checkpoint={"every": 100},
+            track={"wandb": "off", "samples": 6},
+            **changes,
         )
         written[name] = path
     return written
@@ -77,11 +86,13 @@ def run_cases(world: World, paths: dict[str, Path], runs: Path) -> dict[str, lis
 
 
 @pytest.fixture(scope="module")
-def by_workers(
-    cases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, dict[str, list[dict[str, Any]]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def by_workers(cases: dict[str, Path], runs: Path) -> dict[int, dict[str, list[dict[str, Any]]]]:
     """Records of rank 0 for 1, 2, 3 (does not divide the 4 micro batches) and 4 workers."""
-    runs = tmp_path_factory.mktemp("runs")
     return {n: gloo.run(run_cases, n, cases, runs / str(n), timeout=240)[0] for n in (1, 2, 3, 4)}
 
 
@@ -146,6 +157,24 @@ def test_training_learns(by_workers: dict[int, dict[str, list[dict[str, Any]]]])
     for case, records in by_workers[1].items():
         losses = [record["metrics"]["train/loss"] for record in of_kind(records, "step")]
         assert math.isfinite(losses[-1]) and losses[-1] < losses[0], case
+
+
+@pytest.mark.parametrize("case", ["batch-norm", "ragged"])
+def test_the_same_samples_are_shown_at_any_number_of_workers(
+    by_workers: dict[int, dict[str, list[dict[str, Any]]]], runs: Path, case: str
+) -> None:
+    """Six of them, so the last micro batch is cut; pictures lie in the run's folder."""
+    [alone], seen = of_kind(by_workers[1][case], "samples"), set()
+    assert alone["step"] == STEPS and len(alone["sets"]["test"]) == 6
+    for n, records in by_workers.items():
+        [record] = of_kind(records[case], "samples")
+        for row, first in zip(record["sets"]["test"], alone["sets"]["test"], strict=True):
+            assert row == {name: pytest.approx(v, rel=1e-4) if type(v) is float else v for name, v in first.items()}
+            if case == "batch-norm":
+                path = pictures.find(runs / str(n) / case, row["picture"]["picture"])
+                assert path is not None
+                seen.add((path.name, path.read_bytes()))
+    assert len(seen) == (6 if case == "batch-norm" else 0)
 
 
 def test_a_moving_average_is_evaluated_under_its_own_name(

@@ -13,12 +13,14 @@ Send = Callable[[int, list[dict[str, Any]], dict[str, Any]], bool]
 
 def run(config: Config, folder: Path, attempt: int, send: Send, new_order: bool = False) -> str:
     """Train in this process. Returns train's outcome; a failure is in the journal before it is raised."""
+    from pipeline import node
     from pipeline.session import Session, World
     from pipeline.train import train
 
     world = World.join(config.guard.collective_timeout_seconds)
     session = Session(world, folder, attempt, send, new_order)
     try:
+        session.owned.enter_context(node.watched(session))
         return train(config, session)
     except BaseException as error:
         session.record_error(error)

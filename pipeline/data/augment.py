@@ -18,10 +18,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.errors import DataError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601): what "grey" means to image tools
+
+
+def in_channels(image: np.ndarray, channels: int, key: str) -> np.ndarray:
+    """[H, W, C] -> [H, W, channels]: grey to colour by repeating, colour to grey by luma. DataError names the `key`."""
+    given = image.shape[2]
+    if given == channels:
+        return image
+    if given == 1:
+        return np.repeat(image, channels, axis=2)
+    if given == 3:
+        return np.rint(image @ np.array(LUMA, dtype=np.float32)).astype(np.uint8)[:, :, None]
+    raise DataError(
+        f"sample {key} has {given} channels; an image with transparency has no one colour: flatten it and pack again"
+    )
 
 
 def random_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:

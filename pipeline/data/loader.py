@@ -8,7 +8,7 @@ threads and `prefetch` leave every row as it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -153,7 +153,7 @@ class _Planned:
 
 def evaluation_batches(
     fill: Fill, micro_batch_size: int, rank: int = 0, world_size: int = 1, threads: int = 1, processes: int = 0
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch]:
     """The whole of the first data set once over all ranks, in its natural order.
 
     Micro batch i holds samples [i * m, (i + 1) * m), the last one perhaps fewer, and goes to rank i % R. Every rank

@@ -16,6 +16,9 @@ parameters on the meta device, and `weights` (models/pretrained.py) says where t
 not read: `kept` is then what the checkpoint says of the network. Other tasks need not take it. A task may also have
 `write_settings(folder)`: it puts what transformers wants beside an exported network, such as a tokenizer.
 
+A task may have `show(model, batch) -> list[Row]`: what the network makes of each sample of a micro batch, for people to
+look at. It is asked after an evaluation, about the same samples on every rank, so all ranks call the network alike.
+
 The micro batch is the unit: a loss is a sum over its terms, never a mean, and the loop divides by the number of terms
 of the whole step. So padding and short batches weigh exactly nothing, at any number of workers.
 """
@@ -39,6 +42,10 @@ Batch: TypeAlias = "Mapping[str, Tensor]"
 
 Sums: TypeAlias = "dict[str, tuple[Tensor | float, Tensor | float]]"
 """name -> (numerator, denominator); the metric is the quotient after both are added up over micro batches and ranks."""
+
+
+Row: TypeAlias = "dict[str, str | int | float | np.ndarray]"
+"""One sample as it is shown: name -> text, number, or picture (uint8 [H, W, 1 or 3])."""
 
 
 class Task(Protocol):

@@ -28,7 +28,7 @@ from pipeline.data import augment
 from pipeline.data.decode import jpeg_into
 from pipeline.errors import ConfigError, DataError
 from pipeline.sections import Strict
-from pipeline.tasks import Batch, Sums
+from pipeline.tasks import Batch, Row, Sums
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 HEAD = "image classification"
-LUMA = np.array(augment.LUMA, dtype=np.float32)
 Strength = Annotated[float, Field(ge=0)]
 
 
@@ -157,7 +156,7 @@ class Task:
         Raises DataError naming the sample.
         """
         config = self.config
-        image = _in_channels(sample.first(*IMAGE_FIELDS), config.channels, sample.key)
+        image = augment.in_channels(sample.first(*IMAGE_FIELDS), config.channels, sample.key)
         if rng is not None and config.random_resized_crop:
             image = augment.random_resized_crop(image, config.image_size, rng, area=(config.random_resized_crop, 1.0))
         else:
@@ -216,6 +215,14 @@ class Task:
         logits = model(pixel_values=self._normalised(model, batch)).logits
         loss, correct = self._cross_entropy(logits, label, 0.0)
         return {"loss": (loss, len(label)), "accuracy": (correct, len(label))}
+
+    def show(self, model: Callable[..., Any], batch: Batch) -> list[Row]:
+        """Each picture as the network gets it, its label, the likeliest class and that one's probability."""
+        logits = model(pixel_values=self._normalised(model, batch)).logits
+        probability, prediction = logits.float().softmax(dim=-1).max(dim=-1)  # [m], [m]
+        columns = {"label": batch["label"], "prediction": prediction, "probability": probability}
+        rows = zip(batch["image"].cpu().numpy(), *(column.tolist() for column in columns.values()))
+        return [dict(zip(("picture", *columns), row)) for row in rows]
 
     def flops_per_sample(self) -> float:
         """Forward and backward of one image, counted once from the graph."""
@@ -280,17 +287,3 @@ class Task:
                 f"{self.config.classes - 1}: mend the label, or set task.classes to how many classes there are"
             )
         return np.array(label, dtype=np.int64)
-
-
-def _in_channels(image: np.ndarray, channels: int, key: str) -> np.ndarray:
-    """[H, W, C] -> [H, W, channels]: grey to colour by repeating, colour to grey by luma. Raises DataError."""
-    given = image.shape[2]
-    if given == channels:
-        return image
-    if given == 1:
-        return np.repeat(image, channels, axis=2)
-    if given == 3:
-        return np.rint(image @ LUMA).astype(np.uint8)[:, :, None]
-    raise DataError(
-        f"sample {key} has {given} channels; an image with transparency has no one colour: flatten it and pack again"
-    )

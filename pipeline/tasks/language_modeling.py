@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import ConfigError, DataError
 from pipeline.sections import Strict
-from pipeline.tasks import Batch, Sums
+from pipeline.tasks import Batch, Row, Sums
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pipeline.data.samples import Samples
     from pipeline.models.pretrained import Weights
 
+CONTEXT, CONTINUED = 96, 16  # tokens of a row that are shown, at the most, and that the network adds to them
 IGNORED = -100  # what torch's cross-entropy leaves out by default
 HEAD = "causal language modeling"
 
@@ -159,6 +160,40 @@ class Task:
         """The same sums; there is nothing that only training does."""
         return self.loss(model, batch)[1]
 
+    def show(self, model: Callable[..., Any], batch: Batch) -> list[Row]:
+        """The first half of each row, how the network goes on from there (its likeliest token each time), how the text
+        does, and the mean loss of that in nats. Takes as many forward passes as tokens are added, whatever the rows.
+        """
+        import torch
+        from torch.nn import functional
+
+        length = self.config.length
+        width = min(length, CONTEXT + CONTINUED - 1)
+        longest = min(CONTEXT, max(1, length // 2))
+        tokens, labels = batch["tokens"][:, :width].clone(), batch["labels"][:, :width]  # [m, width] each
+        begin = ((batch["labels"] != IGNORED).sum(dim=1) // 2).clamp(1, longest)  # [m], tokens of context
+        row = torch.arange(len(tokens), device=tokens.device)
+        added: list[Tensor] = []
+        nats = torch.empty(0)
+        for turn in range(min(CONTINUED, width + 1 - longest)):
+            place = begin + turn  # attention is causal: what stands from there on in `tokens` is not seen
+            logits = model(input_ids=tokens, use_cache=False).logits[..., : self.vocabulary.size]
+            if turn == 0:
+                nats = functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
+            added.append(logits[row, place - 1].argmax(dim=-1))
+            tokens[row, place.clamp(max=width - 1)] = added[-1]  # the last one may be behind the end, and is not read
+        follows = [slice(first - 1, first - 1 + len(added)) for first in begin.tolist()]  # of the labels
+        decode, continued = self._decoder(), torch.stack(added, dim=1).tolist()
+        return [
+            {
+                "context": decode(batch["tokens"][i, : part.start + 1].tolist()),
+                "continuation": decode(continued[i]),
+                "truth": decode([label for label in labels[i, part].tolist() if label != IGNORED]),
+                "loss": float(nats[i, part].sum() / (labels[i, part] != IGNORED).sum()),
+            }
+            for i, part in enumerate(follows)
+        ]
+
     def flops_per_sample(self) -> float:
         """Forward and backward of one row, counted once from the graph."""
         import torch
@@ -170,6 +205,15 @@ class Task:
             build = partial(architectures.build, HEAD, config)
             self._flops = flops.count(build, lambda: {"input_ids": torch.zeros(shape, dtype=torch.long)})
         return self._flops
+
+    def _decoder(self) -> Callable[[list[int]], str]:
+        """Tokens -> their text; bytes that are part of a character show as a replacement sign."""
+        from tokenizers import Tokenizer, decoders
+
+        tokenizer = Tokenizer.from_file(str(self.config.tokenizer))
+        if tokenizer.decoder is None and self.vocabulary.byte_lengths is not None:
+            tokenizer.decoder = decoders.ByteLevel()
+        return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
 
     def _network(self, kept: Mapping[str, Any] | None = None) -> PreTrainedConfig:
         """Its configuration in transformers: from the options, the pretrained folder, or what a checkpoint kept."""

@@ -194,7 +194,7 @@ def _undone(record: Mapping[str, Any], step: int) -> bool:
     """Whether going on after `step` steps does again what the record is about."""
     if record["kind"] in ("step", "skip", "spike", "left_out", "health"):
         return record["step"] >= step
-    return record["kind"] in ("evaluation", "save", "restore", "end") and record["step"] > step
+    return record["kind"] in ("evaluation", "samples", "save", "restore", "end") and record["step"] > step
 
 
 def _line(record: Record) -> bytes:

@@ -49,7 +49,20 @@ KINDS: Mapping[str, Mapping[str, str]] = {
         "throughput/samples_per_second: over all ranks; null: was not finite",
         "samples": "digest of which samples stood in which rows, the same at every world size",
     },
-    "evaluation": {"step": "steps done", "metrics": "eval/<set>/<name>", "seconds": "that it took"},
+    "evaluation": {
+        "step": "steps done",
+        "metrics": "eval/<set>/<name>",
+        "seconds": "that it took, samples to look at included",
+    },
+    "samples": {
+        "step": "steps done",
+        "sets": "set -> the first held-out samples, each name -> text, number, or {picture: file below samples/}",
+    },
+    "node": {
+        "host": "its name",
+        "values": "cpu, memory, disk: share in use; memory_bytes: in use; disk_free_bytes: where the run lies; "
+        "gpu<i>, gpu<i>_memory: share in use",
+    },
     "save": {
         "step": "steps done",
         "path": "folder below checkpoints/",

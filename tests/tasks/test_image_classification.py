@@ -78,6 +78,18 @@ def test_loss_and_score_equal_plain_pytorch() -> None:
         torch.testing.assert_close(task.score(model, batch)["loss"][0], expected)
 
 
+def test_what_is_shown_is_what_the_network_says() -> None:
+    task, batch = task_of(), made_up()
+    model = built(task).eval()
+    with torch.no_grad():
+        rows = task.show(model, batch)
+        shares = model(pixel_values=task._normalised(model, batch)).logits.softmax(dim=1)
+    assert [row["prediction"] for row in rows] == shares.argmax(dim=1).tolist()
+    assert [row["probability"] for row in rows] == pytest.approx(shares.amax(dim=1).tolist())
+    assert [row["label"] for row in rows] == batch["label"].tolist()
+    assert all(np.array_equal(row["picture"], image) for row, image in zip(rows, batch["image"].numpy()))
+
+
 def test_mixup_follows_from_torchs_seed_and_is_the_published_formula() -> None:
     task = task_of(mixup=0.4)
     model, batch = built(task), made_up()

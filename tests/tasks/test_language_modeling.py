@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.nn import functional
 from transformers import AutoTokenizer
 
 from pipeline import initial
@@ -102,6 +103,31 @@ def test_loss_equals_plain_pytorch_and_bits_follow_from_nats(text: Path) -> None
     bits, size = sums["bits_per_byte"]
     assert float(bits) == pytest.approx(float(nats) / math.log(2)) and int(size) == int(batch["bytes"].sum())
     torch.testing.assert_close(task.score(model, batch)["loss"][0], loss.detach())
+
+
+def test_what_is_shown_is_greedy_and_takes_as_many_passes_for_any_rows(text: Path) -> None:
+    task = task_of(text)
+    model, batch, passes = built(task), batch_of(task, text), []
+    batch["labels"][1, 3:] = IGNORED  # a short row
+
+    def counted(**inputs: Any) -> Any:
+        passes.append(len(inputs["input_ids"]))
+        return model(**inputs)
+
+    with torch.no_grad():
+        tokenizer, rows = Tokenizer.from_file(str(text / "tokenizer.json")), task.show(counted, batch)
+        assert passes == [len(rows)] * 9 == [len(batch["tokens"])] * 9
+        for row, tokens, labels in zip(rows, batch["tokens"], batch["labels"]):
+            begin = max(1, int((labels != IGNORED).sum()) // 2)
+            said = tokens[:begin]
+            for _ in range(9):
+                said = torch.cat([said, model(input_ids=said[None]).logits[0, -1:].argmax(dim=-1)])
+            truth = [label for label in labels[begin - 1 : begin + 8].tolist() if label != IGNORED]
+            logits = model(input_ids=tokens[None]).logits[0, begin - 1 : begin - 1 + len(truth)]
+            nats = functional.cross_entropy(logits, torch.tensor(truth))
+            for name, part in {"context": said[:begin], "continuation": said[begin:], "truth": truth}.items():
+                assert row[name] == tokenizer.decode(list(part), skip_special_tokens=False)
+            assert row["loss"] == pytest.approx(float(nats), rel=1e-5)
 
 
 def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(text: Path) -> None:

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from pipeline.sections import Track
 from pipeline.track.journal import Journal
 from pipeline.track.wandb import Wandb, segments
+
+PICTURE = "samples/{:08d}/test-0-0.png"
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -49,6 +52,15 @@ def attempt(folder: Path, environment: dict[str, str], *arguments: object) -> st
     return output
 
 
+def samples(folder: Path, step: int) -> list[dict[str, Any]]:
+    """One with a picture, and one whose picture is gone."""
+    path = folder / PICTURE.format(step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 4), step).save(path)
+    names = (f"{step:08d}/test-{number}-0.png" for number in (0, 1))
+    return [{"picture": {"picture": name}, "label": 3, "text": "ä <b>"} for name in names]
+
+
 def live(folder: Path, number: int, begin: int, until: int, end: str, track: Track) -> None:
     (folder / "small" / "train").mkdir(parents=True, exist_ok=True)
     (folder / "small" / "train" / "shards.idx").write_text("{}")
@@ -66,9 +78,13 @@ def live(folder: Path, number: int, begin: int, until: int, end: str, track: Tra
     for step in range(begin, until):
         if (folder / f"hold-{step}").exists():
             sys.stdin.readline()
+        if step % 10 == 5:
+            record("node", host="n1.lab", values={"cpu": step / 100})
         record("step", step=step, metrics={"train/loss": step + number / 10, "optim/lr": None})
         if (step + 1) % 10 == 0:
             record("evaluation", step=step + 1, metrics={"eval/test/accuracy": (step + 1) / 100})
+            if (step + 1) % 20 == 0 and step < 80:
+                record("samples", step=step + 1, sets={"test": samples(folder, step + 1)})
             path = folder / "checkpoints" / f"checkpoint-{step + 1:08d}"
             path.mkdir(parents=True, exist_ok=True)
             (path / "manifest.json").write_text(f'{{"step": {step + 1}}}')

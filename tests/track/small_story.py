@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from PIL import Image
 
 from pipeline.track.journal import Journal, Record
 
@@ -69,6 +71,24 @@ class Story:
                 written += [record | {"time": round(self.now, 3)} for record in self._rest(step + 1)]
         self._write(written)
 
+    def show(self, step: int) -> None:
+        """Samples of an evaluation: pictures, of which some are taken for another, and texts."""
+        place = self.folder / "samples" / f"{step:08d}"
+        place.mkdir(parents=True)
+        rows = []
+        for number in range(8):
+            pixels = [[max(0, 255 - 40 * abs(x - number) - 600 // step * y) for x in range(8)] for y in range(8)]
+            Image.fromarray(np.array(pixels, np.uint8)).save(place / f"test-{number}-0.png")
+            told = {"label": number, "prediction": number // 3 * 3, "probability": 1 - 50 / step}
+            rows.append({"picture": {"picture": f"{step:08d}/test-{number}-0.png"}, **told})
+        text = {
+            "context": "def f(x):\n    return",
+            "continuation": " x +" * (step // 200),
+            "truth": " x + 1\n",
+            "loss": 0.7,
+        }
+        self.write("samples", step=step, sets={"test": rows, "prose": [text] * 2})
+
     def write(self, kind: str, **fields: Any) -> None:
         """One record, a tenth of a second later."""
         self.now += 0.1
@@ -119,6 +139,18 @@ def killed_once(folder: Path, seed: int = 0) -> Path:
     story.write("warning", message="cut a torn line of 20 bytes from the end of journal.jsonl, left by a kill")
     story.write("time", ranks=RANKS)
     story.write("end", reason="done", step=600)
+    return folder
+
+
+def shown(folder: Path) -> Path:
+    """A run that has been killed once, with samples at three evaluations, and what its two hosts were doing."""
+    killed_once(folder)
+    story = Story(folder)
+    story.attempt = 2
+    for step in (200, 400, 600):
+        story.show(step)
+    for host in ("n1", "n2"):
+        story.write("node", host=host, values={"cpu": 0.5, "memory": 0.25, "disk_free_bytes": 1e12})
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import http.client
 import json
@@ -23,10 +24,19 @@ from pipeline.track.page import document, model, words
 from pipeline.track.page.reading import Reading
 from pipeline.track.page.serve import HEADERS, Server
 from tests.test_benchmarks import cells, script
-from tests.track.small_story import Story, crash_loop, killed_once, run_folder
+from tests.track.small_story import Story, crash_loop, killed_once, run_folder, shown
 
 PATIENCE = 300  # seconds, on a busy machine
 EVIL = "</script><img src=x onerror=alert(1)>\u2028<!-- & \"quoted\" 'single'"
+
+OUTSIDE = (
+    "../config.yaml",
+    "00000010/../../config.yaml",
+    "/etc/passwd",
+    "00000010/link.png",
+    "00000010/none.png",
+    EVIL,
+)
 
 
 def told(page: str) -> dict[str, Any]:
@@ -44,6 +54,8 @@ def evil(folder: Path) -> Path:
     story.steps(0, 10, metrics={f"train/{EVIL}": 1.0})
     story.write("evaluation", step=10, metrics={f"eval/{EVIL}": 0.5}, seconds=1.0)
     story.write("warning", message=EVIL)
+    rows = [{EVIL: EVIL, "picture": {"picture": name}, "list": [EVIL]} for name in OUTSIDE]
+    story.write("samples", step=10, sets={EVIL: rows})
     story.write(EVIL, message=EVIL)
     story.write("failure", message=f"giving up: {EVIL}\n{EVIL}", exit_code=1)
     return run
@@ -65,15 +77,34 @@ def test_a_report_holds_all_and_loads_nothing(tmp_path: Path) -> None:
     assert data["runs"][0]["config"]["optim.lr"] == "0.001"
 
 
+def test_samples_are_in_the_report_with_their_pictures(tmp_path: Path) -> None:
+    run = shown(tmp_path / "a")
+    data = told(document.report([run]))["runs"][0]
+    assert [moment["step"] for moment in data["samples"]] == [200, 400, 600]
+    assert "samples" not in {event[3] for event in data["events"]} and data["curves"]["system/n2/cpu"]["mean"] == [0.5]
+    rows = data["samples"][2]["sets"]["test"]
+    picture = (run / "samples" / "00000600" / "test-7-0.png").read_bytes()
+    address = "data:image/png;base64," + base64.b64encode(picture).decode()
+    assert rows[7]["picture"] == {"picture": "00000600/test-7-0.png", "data": address}
+    assert [rows[7][name] for name in ("label", "prediction")] == [7, 6]
+    many = [run, *(shown(tmp_path / str(number)) for number in range(12))]
+    kept = [[moment["step"] for moment in each["samples"]] for each in told(document.report(many))["runs"]]
+    assert kept == [[600]] * 13, "of many runs only the newest evaluation"
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     run = evil(tmp_path)
+    (run / "samples" / "00000010").mkdir(parents=True)
+    (run / "samples" / "00000010" / "link.png").symlink_to(run / "config.yaml")
     page = document.report([run])
     assert page.count("</script>") == len(document.SCRIPTS) + 1 and "<img" not in page
     assert f"<title>{html.escape(run.name)} - millstream</title>" in page
     data = told(page)
-    shown = data["runs"][0]
-    assert shown["name"] == run.name and f"train/{EVIL}" in shown["curves"] and shown["config"][f"note.{EVIL}"] == EVIL
-    assert [event[5] for event in shown["events"]][-3:] == [EVIL, EVIL, f"giving up: {EVIL}"]
+    own = data["runs"][0]
+    assert own["name"] == run.name and f"train/{EVIL}" in own["curves"] and own["config"][f"note.{EVIL}"] == EVIL
+    [samples] = own["samples"]
+    assert [row["picture"] for row in samples["sets"][EVIL]] == [{"picture": name} for name in OUTSIDE], "none is read"
+    assert [event[5] for event in own["events"]][-3:] == [EVIL, EVIL, f"giving up: {EVIL}"]
 
 
 def test_no_script_makes_html_of_text() -> None:
@@ -110,7 +141,7 @@ def test_a_kind_of_event_that_is_not_known_is_told_by_its_fields() -> None:
 def server(tmp_path: Path) -> Iterator[Server]:
     """A server of three runs, on loopback."""
     folder = tmp_path / "runs"
-    killed_once(folder / "digits")
+    shown(folder / "digits")
     crash_loop(folder / "broken")
     evil(folder)
     outside = killed_once(tmp_path / "outside")
@@ -140,7 +171,7 @@ def test_the_server_answers_and_says_nothing_but_that(server: Server) -> None:
     status, headers, body = ask(server, "/")
     assert status == 200 and told(body.decode())["live"] is True
     assert headers.items() >= HEADERS.items() and headers["Server"].strip() == "millstream"
-    for part in ("default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"):
+    for part in ("default-src 'none'", "connect-src 'self'", "img-src 'self'", "frame-ancestors 'none'"):
         assert part in headers["Content-Security-Policy"]
     rows = json.loads(ask(server, "/api/runs")[2])["runs"]
     assert {row["name"]: row["state"] for row in rows} == {
@@ -148,13 +179,18 @@ def test_the_server_answers_and_says_nothing_but_that(server: Server) -> None:
     }  # fmt: skip
     hostile = json.loads(ask(server, f"/api/run?name={quote(EVIL.replace('/', '|'))}")[2])
     assert hostile["last_step"] == 10
+    status, headers, body = ask(server, "/api/picture?name=digits&file=00000600/test-7-0.png")
+    picture = server.shelf.folder / "digits" / "samples" / "00000600" / "test-7-0.png"
+    assert (status, headers["Content-Type"], body) == (200, "image/png", picture.read_bytes())
     status, headers, body = ask(server, "/api/runs", "HEAD")
     assert status == 200 and int(headers["Content-Length"]) > 0 and body == b""
 
 
 @pytest.mark.parametrize(
     "path", ["/../outside", "/api/run?name=../outside", "/api/run?name=%2Fetc", "/api/run?name=link", "/api/run",
-             "/api/run?name=digits%00", "/api/run?name=.", "/digits/config.yaml", "//etc/passwd", "/api/"],
+             "/api/run?name=digits%00", "/api/run?name=.", "/digits/config.yaml", "//etc/passwd", "/api/",
+             *(f"/api/picture?name=digits&file={quote(name)}" for name in OUTSIDE), "/api/picture?name=digits",
+             "/api/picture?name=link&file=00000600/test-7-0.png", "/api/picture?file=00000600/test-7-0.png"],
 )  # fmt: skip
 def test_what_is_not_listed_is_not_there(server: Server, path: str) -> None:
     assert ask(server, path)[0] == 404

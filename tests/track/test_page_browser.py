@@ -27,7 +27,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pipeline.track.page import document
 from tests import small_data
 from tests.test_train import RESNET
-from tests.track.small_story import Story, crash_loop, killed_once, run_folder
+from tests.track.small_story import Story, crash_loop, killed_once, run_folder, shown
 from tests.track.test_page import EVIL, evil
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
@@ -88,7 +88,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of four runs, one of them hostile."""
     folder = tmp_path_factory.mktemp("report")
     runs = [
-        killed_once(folder / "digits"),
+        shown(folder / "digits"),
         killed_once(folder / "digits-2", 1),
         crash_loop(folder / "broken"),
         evil(folder),
@@ -119,7 +119,8 @@ def test_the_file_looks_right_and_axe_finds_no_serious_fault(
 
 def test_hostile_text_is_shown_as_text(browser: Browser, file: Path) -> None:
     with opened(browser, file.as_uri()) as page:
-        assert page.locator("img").count() == 0
+        assert page.locator("#samples img").count() == page.locator("img").count() == 8
+        assert page.evaluate("[...document.images].filter((each) => each.src.startsWith('data:image/png')).length") == 8
         for place in ("#events", "#runs", "#charts", "#config", "#verdict"):
             assert EVIL[9:].partition("\u2028")[0] in page.locator(place).inner_text(), place
         assert page.title().startswith("4 runs")
@@ -175,6 +176,12 @@ def test_keyboard_and_mouse(browser: Browser, file: Path) -> None:
         assert page.locator("#runs tbody th").first.inner_text().startswith("digits")
         page.get_by_role("button", name="step", exact=True).press("Enter")
         assert page.locator("#runs tbody td:nth-child(4)").first.inner_text() == "10 of 10"
+        slider = page.get_by_role("slider", name="evaluation of digits")
+        slider.press("ArrowLeft")
+        assert slider.get_attribute("aria-valuetext") == "step 400"
+        assert (
+            page.locator("#samples .sample.wrong").count() == 5 and "x + x +" in page.locator("#samples").inner_text()
+        )
         page.get_by_label("Filter").fill("crash")
         expect(page.locator("#runs tbody tr")).to_have_count(1)
         page.get_by_label("Kind", exact=True).select_option("skip")
@@ -222,21 +229,24 @@ def until(page: Page, code: str, wanted: Callable[[Any], bool]) -> Any:
 
 
 def test_the_live_page_follows_journals(browser: Browser, tmp_path: Path) -> None:
-    killed_once(tmp_path / "digits")
+    shown(tmp_path / "digits")
     story = Story(run_folder(tmp_path / "young", 1000), 5, now=time.time())
     story.begin(0)
     story.steps(0, 250)
-    shown = "runs.has('young') ? runs.get('young').curves['train/loss'].x.at(-1) : -1"
+    seen = "runs.has('young') ? runs.get('young').curves['train/loss'].x.at(-1) : -1"
     with served(tmp_path) as url, opened(browser, url) as page:
-        until(page, shown, lambda last: last == 249)
+        until(page, seen, lambda last: last == 249)
+        until(page, "[...document.images].map((each) => each.naturalWidth)", lambda widths: widths == [8] * 8)
         page.get_by_role("checkbox", name="show young").focus()
+        story.show(200)
         story.steps(250, 330)
-        until(page, shown, lambda last: last == 329)
+        until(page, seen, lambda last: last == 329)
         assert page.evaluate("runs.get('young').curves['train/loss'].x") == list(range(330))
         assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "show young", "the focus stays"
+        expect(page.locator("#samples img")).to_have_count(16)
         story.begin(300)
         story.steps(300, 310)
-        until(page, shown, lambda last: last == 309)
+        until(page, seen, lambda last: last == 309)
         assert page.evaluate("runs.get('young').curves['train/loss'].x") == list(range(310))
         crash_loop(tmp_path / "late")
         page.get_by_role("checkbox", name="show late").check(timeout=PATIENCE_MS)

@@ -240,3 +240,18 @@ def test_the_driver_says_crash_loop_in_words_that_the_verdict_knows() -> None:
     config = Config.model_construct(cluster=Config.model_fields["cluster"].default)
     code, message = after([failure] * CRASH_LOOP, config, False)
     assert code == 1 and "the same failure" in message
+
+
+def test_samples_of_what_is_done_again_go_and_of_very_many_some_stay(tmp_path: Path) -> None:
+    story = Story(run_folder(tmp_path / "run", 1000))
+    story.begin(0)
+    for step in range(1, 101):
+        story.write("samples", step=step, sets={"test": [{"text": "x" * 9000, "loss": None}]})
+    reading = Reading(story.folder).all()
+    kept = [moment["step"] for moment in reading.samples]
+    assert kept == sorted(kept) and kept[0] == 1 and kept[-1] == 100 and len(kept) == 24
+    assert max(np.diff(kept)) <= 12 and len(reading.events) == 2
+    told = model.run("run", reading, 1)["samples"]
+    assert told[-1]["step"] == 100 and len(told) <= model.MOMENTS and len(told[0]["sets"]["test"][0]["text"]) < 9000
+    story.begin(50)
+    assert max(moment["step"] for moment in reading.all().samples) <= 50

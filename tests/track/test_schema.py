@@ -59,4 +59,4 @@ def test_the_records_of_a_run_have_the_keys_that_are_described(tmp_path: Path) -
         needed = {key for key in described if not key.endswith("?")}
         assert needed <= keys <= {key.rstrip("?") for key in described}, (kind, keys)
         assert record["v"] == journal.VERSION
-    assert seen >= {"attempt", "start", "restore", "step", "evaluation", "save", "time", "end"}
+    assert seen >= {"attempt", "start", "restore", "step", "evaluation", "samples", "save", "time", "end"}

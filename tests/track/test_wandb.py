@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,13 @@ def files(folder: Path) -> list[Path]:
 
 def steps_in(path: Path) -> list[int]:
     return [json.loads(row["_step"]) for row in segments.rows_in(path)]
+
+
+def entries(path: Path) -> Iterator[Any]:
+    """Files of the artifacts that tables are in, as W&B's own file names them."""
+    for _, record in segments._records(path):
+        if record.WhichOneof("record_type") == "artifact" and record.artifact.type == "run_table":
+            yield from record.artifact.manifest.contents
 
 
 def test_each_step_once_through_kills_and_rewinds(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -72,6 +80,12 @@ def test_each_step_once_through_kills_and_rewinds(tmp_path: Path, environment: d
     }
     assert scored == {10: 0.1, 20: 0.2, 30: 0.3, 40: 0.4, 50: 0.5, 60: 0.6}
     assert math.isnan(float(json.loads(rows[3]["optim/lr"])))
+    told = [step for step, row in zip(steps, rows) if "system/n1_lab/cpu" in row]
+    assert told == [5, 15, 25, 35, 45, 55] and json.loads(rows[45]["system/n1_lab/cpu"]) == 0.45
+    tables = {step: row for step, row in zip(steps, rows) if row.get("samples/test/_type") == '"table-file"'}
+    assert list(tables) == [20, 40, 60] and json.loads(tables[60]["samples/test/nrows"]) == 2
+    copies = [entry.local_path for file in found for entry in entries(file)]
+    assert copies and all(Path(copy).is_relative_to(folder) and Path(copy).is_file() for copy in copies)
 
 
 def test_that_a_run_went_back_is_an_alert_and_its_curve_goes_on(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -55,6 +55,19 @@ def losses(run: Run) -> list[float]:
     return [row["train/loss"] for row in run.history if "train/loss" in row]
 
 
+def tables(server: Server, folder: Path) -> list[int]:
+    """The steps of which a table has arrived whole: its row, and the artifact with the file of its picture."""
+    run = run_of(server, folder)
+    steps = [row["train/step"] for row in run.history if "samples/test" in row]
+    rows = [row["samples/test"] for row in run.history if "samples/test" in row]
+    assert all(row["_type"] == "table-file" and row["nrows"] == 2 for row in rows)
+    names = [name for name in server.artifacts if name.startswith("run-")]
+    assert [server.artifacts[name].state for name in names] == ["COMMITTED"] * len(steps)
+    sent = [content for name in names for file, content in server.artifacts[name].files.items() if file.endswith("png")]
+    assert sent == [(folder / attempts.PICTURE.format(step)).read_bytes() for step in steps]
+    return steps
+
+
 def repair_and_send(folder: Path) -> int:
     """As `millstream track sync` does it."""
     sync.repair(folder, Track(), "small", {"name": "small"})
@@ -84,6 +97,8 @@ def test_an_online_run_goes_on_under_its_id(server: Server, environment: dict[st
     (entry,) = last.manifest["contents"].values()
     assert entry["ref"] == f"file://{folder}/checkpoints/checkpoint-00000040/manifest.json"
     assert "step-40" in last.aliases
+    assert tables(server, folder) == [20, 40]
+    assert [row["train/step"] for row in run.history if "system/n1_lab/cpu" in row] == [5, 15, 25, 35]
 
 
 @pytest.mark.parametrize("where", ["online", "offline"])
@@ -161,6 +176,7 @@ def test_offline_files_arrive_once_whatever_breaks(server: Server, environment: 
     assert sync.send(folder, Track(), sent.append) > 0
     assert run_of(server, folder).steps == list(range(61))
     assert [row["train/step"] for row in run_of(server, folder).history] == list(range(61))
+    assert tables(server, folder) == [20, 40, 60]
     server.requests.clear()
     assert repair_and_send(folder) == 0 and server.requests == []
     for segment in segments.find(folder):  # nor when the marks are lost
@@ -205,6 +221,19 @@ def test_a_part_of_a_segment_reads_like_the_whole(
     part = segments.write_part(segment, range(100, 401), False, tmp_path / "part") / segment.path.name
     rows = list(segments.rows_in(segment.path))
     assert list(segments.rows_in(part)) == rows[100:]
+
+    # W&B's copies of the tables' files are found where the folder has been moved to; without them the rest is sent.
+    moved = folder.rename(folder.with_name("moved"))
+    (segment,) = segments.find(moved)
+    staging = moved / "wandb" / "artifacts" / "staging"
+    [copy] = [
+        path for path in staging.iterdir() if path.read_bytes() == (moved / attempts.PICTURE.format(40)).read_bytes()
+    ]
+    copy.unlink()
+    assert segment.lost
+    assert sync.send(moved, Track(), lambda line: None) == 1
+    assert run_of(server, moved).steps == list(range(401))
+    assert [each.state for name, each in server.artifacts.items() if name.startswith("run-")] == ["COMMITTED"] * 3
 
 
 def test_a_server_is_asked_what_it_has(server: Server, environment: dict[str, str], folder: Path) -> None:

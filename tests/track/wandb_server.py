@@ -55,6 +55,7 @@ class Artifact:
     aliases: list[str]
     state: str = "PENDING"
     manifest: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 class Server:
@@ -144,10 +145,13 @@ class Server:
                 run.exit_code = body.get("exitcode")
 
     def store(self, path: str, content: bytes) -> None:
-        """A file that was uploaded; the manifest of an artifact is kept."""
+        """A file that was uploaded; those of an artifact are kept."""
         kind, _, name = path.removeprefix("/storage/").partition("/")
         if kind == "manifest":
             self.artifacts[name].manifest = json.loads(content)
+        elif kind == "entry":
+            artifact, _, entry = name.partition("/")
+            self.artifacts[artifact].files[entry] = content
 
     def _on_ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
@@ -249,6 +253,14 @@ class Server:
     def _manifest(self, artifact: str) -> dict[str, Any]:
         url = f"{self.url}/storage/manifest/{artifact}"
         return {"id": artifact, "file": {"id": artifact, "uploadUrl": url, "uploadHeaders": []}}
+
+    def _on_CreateArtifactFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+        edges = []
+        for file in variables["input"]["artifactFiles"]:
+            url = f"{self.url}/storage/entry/{file['artifactID']}/{file['name']}"
+            node = {"storagePath": file["name"], "uploadUrl": url, "uploadHeaders": [], "uploadMultipartUrls": None}
+            edges.append({"node": node | {"artifact": {"id": file["artifactID"]}}})
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     def _on_CommitArtifact(self, wanted: dict[str, Any]) -> dict[str, Any]:
         self.artifacts[wanted["artifactID"]].state = "COMMITTED"

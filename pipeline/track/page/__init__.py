@@ -4,5 +4,5 @@
                                                                                                     '-> serve: live
 
 One document serves both: as a file it holds the model, live it fetches the same model piece by piece.
-What it gives up: samples, pictures and weights are not on it; it shows what the journal has.
+What it gives up: weights are not on it; it shows what the journal has, and the pictures that this names.
 """

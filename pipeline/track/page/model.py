@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.cluster import lease
 from pipeline.errors import RunError
+from pipeline.track import pictures
 from pipeline.track.page import verdict, words
 from pipeline.track.page.reading import Reading
 from pipeline.track.page.thin import extremes, thin
@@ -24,6 +25,7 @@ from pipeline.track.page.thin import extremes, thin
 CURVES = 96  # of one run; further ones (norms of hundreds of layers) are counted, not sent
 EVENTS = 500  # the newest
 RANKS = 256
+MOMENTS = 8  # evaluations whose samples are shown
 MARKS = 400  # of a kind on a timeline; no screen shows more
 FIRST = ("train/loss", "eval/", "train/", "optim/", "throughput/", "time/", "data/", "pace/", "memory/", "checkpoint/")
 
@@ -71,12 +73,18 @@ def listed(name: str, reading: Reading, size: int) -> dict[str, Any]:
 
 
 def run(
-    name: str, reading: Reading, width: int, begin: int = 0, generation: int = -1, events: int = 0
+    name: str,
+    reading: Reading,
+    width: int,
+    begin: int = 0,
+    generation: int = -1,
+    events: int = 0,
+    moments: int = MOMENTS,
 ) -> dict[str, Any]:
     """All that is shown of one run.
 
     width: steps per point, a power of 2.  begin, events: the page has the points before that step, and so many events,
-    if its generation is still right.
+    if its generation is still right.  moments: evaluations whose samples are told, at the most; the newest is.
     """
     with reading.lock:
         judged = verdict.judge(reading, lease.owner(reading.folder))
@@ -97,6 +105,7 @@ def run(
             "facts": list(_facts(reading)),
             "attempts": [_span(reading, number) for number in range(len(reading.spans))],
             "marks": _marks(reading),
+            "samples": _chosen(reading.samples, min(moments, MOMENTS)),
             "goodput": {kind: _number(share) for kind, share in reading.shares().items()},
             "ranks": dict(_ranks(reading)),
             "events": [_event(record) for record in reading.events[events:]],
@@ -201,6 +210,29 @@ def _marks(reading: Reading) -> list[tuple[float, str, int | None, str]]:
         own = [mark for mark in (*saves, *rare) if mark[1] == kind]
         chosen += own[:: -(-len(own) // MARKS)]
     return sorted(chosen, key=lambda mark: mark[0])
+
+
+def _chosen(moments: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
+    """So many of the moments, evenly chosen, the newest among them; copies."""
+    every = -(-len(moments) // most) if moments else 1
+    chosen = moments[::-1][::every][::-1]
+    return [
+        {"step": moment["step"], "sets": {name: [_plain(row) for row in rows] for name, rows in moment["sets"].items()}}
+        for moment in chosen
+    ]
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers as they are written; of what is neither text nor a number, only the name of a picture."""
+    told: dict[str, Any] = {}
+    for name, value in row.items():
+        picture = pictures.name_in(value)
+        told[name] = value if value is None or isinstance(value, str | bool | int) else None
+        if isinstance(value, float):
+            told[name] = _number(value)
+        elif isinstance(picture, str):
+            told[name] = {"picture": picture}
+    return told
 
 
 def _event(record: Mapping[str, Any]) -> list[Any]:

@@ -25,14 +25,17 @@ try:
 except ImportError:
     from yaml import SafeLoader as Loader
 
+from pipeline import node
 from pipeline.track import goodput, journal
 from pipeline.track.page.columns import Curve, Spent
 
 READ_BYTES = 4 << 20  # at a time; other threads look in between
 DETAIL = 4000  # characters of a traceback that are kept
 EACH_RANK = ("skip", "spike")  # written by each rank, but one of them is enough to count
+MOMENTS = 24  # evaluations whose samples are kept, at the most, about evenly
 _BEGIN = ("start", "restore", "rollback")  # after whose `step` steps the run goes on
-NUMBERS = ("step", "evaluation", "save", "time", "health", "pace")  # kinds that come by the thousand: no events
+# Kinds that come by the thousand: no events.
+NUMBERS = ("step", "evaluation", "samples", "save", "time", "health", "pace", "node")
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class Reading:
     done: curves by name that stand at a step's own number.  after: those that stand at the number of steps done.
     events: rare records in order, texts shortened.  marks: (time, kind, step) of evaluations and saves that count.
     ranks: {rank: {phase: seconds}} of the newest attempt.  pace: its last record of every rank's pace.
+    samples: {step, sets} of evaluations that count, from the first to the newest.
     generation: counts what made earlier points invalid.
     damaged: lines that could not be read.  heard: time of the last record.
     """
@@ -78,6 +82,7 @@ class Reading:
         self.counts: Counter[str] = Counter()
         self.ranks: Mapping[str, Mapping[str, float]] = {}
         self.pace: Mapping[str, Any] = {}
+        self.samples: list[dict[str, Any]] = []
         self.heard: float | None = None
         self._ledger: dict[int, list[dict[str, Any] | Spent]] = {}
         self._times: dict[int, Mapping[str, Any]] = {}
@@ -174,6 +179,10 @@ class Reading:
             self._rewind(record["step"])
         elif kind in ("evaluation", "save"):
             self.marks.append((record["time"], kind, record["step"]))
+        elif kind == "samples":
+            self._keep(record)
+        elif kind == "node":
+            record = record | {"step": self.last_step, "metrics": node.metrics(record)}
         elif kind == "time":
             self._times[span.number] = record
             self.ranks = record["ranks"]
@@ -191,6 +200,14 @@ class Reading:
         if kind not in NUMBERS:
             self.events.append({key: _short(value) for key, value in record.items()})
             self._ledger[span.number].append(self.events[-1])
+
+    def _keep(self, record: Mapping[str, Any]) -> None:
+        sets = {name: [{key: _short(row[key]) for key in row} for row in rows] for name, rows in record["sets"].items()}
+        before = [moment for moment in self.samples if moment["step"] < record["step"]]
+        self.samples = [*before, {"step": record["step"], "sets": sets}]
+        steps = [moment["step"] for moment in self.samples]
+        if len(steps) > MOMENTS:  # the one that leaves the smallest gap goes
+            del self.samples[min(range(1, MOMENTS), key=lambda place: steps[place + 1] - steps[place - 1])]
 
     def _span(self, record: Mapping[str, Any]) -> Span:
         """The span of the record's attempt, up to its time."""
@@ -214,6 +231,7 @@ class Reading:
         for curve in self.after.values():
             curve.cut(step + 1)
         self.marks = [mark for mark in self.marks if mark[2] <= step]
+        self.samples = [moment for moment in self.samples if moment["step"] <= step]
         self.last_step = self.spans[-1].last = step
 
 

@@ -7,6 +7,7 @@ read through a name that it lets point here (DNS rebinding).
 
     GET /            the page           GET /api/runs   the list
     GET /api/run     one run, from the step on that the page has: name, width, begin, generation, events
+    GET /api/picture a picture of its samples: name, file
 
 What it gives up: no password and no encryption. On another address than loopback everybody who reaches it may read.
 """
@@ -24,6 +25,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from pipeline.errors import RunError
+from pipeline.track import pictures
 from pipeline.track.page import document, model
 from pipeline.track.page.reading import Reading
 
@@ -89,7 +91,7 @@ class Server(ThreadingHTTPServer):
             mend = "choose another port with --port, 0 for any, or another address with --host"
             raise RunError(f"{host}:{port} cannot be served: {error.strerror or error}; {mend}") from error
         told = {"live": True, "title": self.shelf.folder.name, "list": [], "runs": []}
-        page, policy = document.document(f"{self.shelf.folder.name} - millstream", told, "'self'")
+        page, policy = document.document(f"{self.shelf.folder.name} - millstream", told, "'self'", "'self' data:")
         self.page, self.policy = page.encode(), f"{policy}; frame-ancestors 'none'"
         self.loopback = ipaddress.ip_address(str(self.server_address[0])).is_loopback
 
@@ -137,10 +139,16 @@ class _Handler(BaseHTTPRequestHandler):
                 width = 1 << max(0, min(width, 1 << 40).bit_length() - 1)
                 reading = self.server.shelf.runs[query["name"]]
                 self._json(model.run(query["name"], reading, width, max(begin, 0), generation, max(events, 0)))
+            case "/api/picture" if path := self._picture(query):
+                self._answer(HTTPStatus.OK, path.read_bytes(), pictures.MEDIA[path.suffix])
             case _:
                 self._answer(HTTPStatus.NOT_FOUND, b"nothing is here under that name", "text/plain")
 
     do_HEAD = do_GET
+
+    def _picture(self, query: dict[str, str]) -> Path | None:
+        run = self.server.shelf.runs.get(query.get("name", ""))
+        return pictures.find(run.folder, query.get("file")) if run else None
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the terminal says where the page is, and that is all."""

@@ -10,7 +10,6 @@ import json
 import netrc
 import os
 import secrets
-import signal
 import sys
 import urllib.error
 import urllib.request
@@ -18,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import psutil
 
 from pipeline.errors import RunError
 
@@ -99,17 +100,19 @@ def last_step(project: str, entity: str | None, run: str) -> int:
 
 
 def end_service() -> None:
-    """End W&B's own process below this one (Linux), and W&B's part in this one; what is written stays."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
-            if name.startswith("wandb-core") and int(rest.split()[1]) == os.getpid():
-                os.kill(int(stat.parent.name), signal.SIGKILL)
-        except OSError:
-            continue
+    """End W&B's own process of this one, and W&B's part in this one; what is written stays."""
+    end_cores(os.getpid())
     with suppress(Exception, SystemExit):  # else it would be tried at the exit, with a traceback
         if "wandb" in sys.modules:
             sys.modules["wandb"].teardown()
+
+
+def end_cores(parent: int) -> None:
+    """Kill W&B's own process of another one, which may be gone by now."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.name().startswith("wandb-core") and f"--pid {parent} " in f"{' '.join(process.cmdline())} ":
+                process.kill()
 
 
 def settings(kind: Any, init_seconds: float, finish_seconds: float) -> Any:

@@ -29,7 +29,9 @@ class References:
     ) -> None:
         self._run, self._identity, self._folder, self._config, self._tell = run, identity, folder, config, tell
         self._data: str | None = None
-        self._records: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        # What goes with a row, such as a table's pictures, is logged from here too, so that the row does not wait.
+        self._log, run.log_artifact = run.log_artifact, self._later
+        self._records: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb notes", daemon=True)
         self._thread.start()
 
@@ -44,10 +46,17 @@ class References:
         self._thread.join(seconds)
         self._tell = lambda line: None  # it is too late to say anything of them
 
+    def _later(self, artifact: Any) -> Any:
+        self._records.put(artifact)
+        return artifact
+
     def _work(self) -> None:
         try:
             while (record := self._records.get()) is not None:
-                self._note(record)
+                if isinstance(record, Mapping):
+                    self._note(record)
+                else:
+                    self._log(record)
         except Exception as error:
             self._tell(f"W&B: {error or type(error).__name__}; from here on only metrics are sent")
 
@@ -93,4 +102,4 @@ class References:
         metadata = {"step": record["step"], "attempt": record.get("attempt"), "data": self._data, **record["metrics"]}
         artifact = wandb.Artifact(f"checkpoint-{self._identity}", "model", metadata=metadata)
         artifact.add_reference(f"file://{path}", checksum=False)  # the manifest there holds the digests
-        self._run.log_artifact(artifact, aliases=[f"step-{record['step']}"])
+        self._log(artifact, aliases=[f"step-{record['step']}"])

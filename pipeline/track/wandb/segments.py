@@ -37,6 +37,8 @@ class Segment(NamedTuple):
     """Bytes behind the last whole record."""
     steps: list[int]
     """`_step` of each row, in order."""
+    lost: bool
+    """Whether a copy of a table's files is not where W&B put it: sent and removed, or moved with the run's folder."""
     rewound: int | None
     """The last step of the history before it that still counts; None when all does."""
 
@@ -85,7 +87,7 @@ def write_part(segment: Segment, steps: Sequence[int], rewind: bool, folder: Pat
     """A copy of the segment below `folder` with the rows of these `steps` alone; returns its folder.
 
     System metrics and console lines are left out: how much of them is there already cannot be asked. `rewind`: whether
-    it still asks the server to rewind first.
+    it still asks the server to rewind first. An artifact whose copied files are gone is left out: they have been sent.
     """
     target = folder / segment.path.parent.name
     target.mkdir(parents=True)
@@ -94,6 +96,10 @@ def write_part(segment: Segment, steps: Sequence[int], rewind: bool, folder: Pat
         kind = record.WhichOneof("record_type")
         if kind in ("stats", "output", "output_raw") or (kind == "history" and _step(record) not in wanted):
             continue
+        if kind == "artifact":
+            if not _find_copies(record, segment.path.parents[1]):
+                continue
+            payload = record.SerializeToString()
         if kind == "run" and not rewind:
             record.run.ClearField("branch_point")
             payload = record.SerializeToString()
@@ -107,7 +113,7 @@ def write_part(segment: Segment, steps: Sequence[int], rewind: bool, folder: Pat
 def _scan(path: Path, identity: str, online: bool) -> Segment:
     steps: list[int] = []
     content = path.read_bytes()
-    rewound, whole = None, _HEAD
+    rewound, whole, lost = None, _HEAD, False
     for payload, whole in _frames(content):  # noqa: B007
         record = _parse(payload)
         kind = record.WhichOneof("record_type")
@@ -115,8 +121,26 @@ def _scan(path: Path, identity: str, online: bool) -> Segment:
             steps.append(step)
         elif kind == "run" and record.run.HasField("branch_point"):
             rewound = int(record.run.branch_point.value)
-    found = Segment(path, identity, online, False, max(0, len(content) - whole), steps, rewound)
+        elif kind == "artifact":
+            lost = lost or not all(Path(entry.local_path).is_file() for entry in _copied(record))
+    found = Segment(path, identity, online, False, max(0, len(content) - whole), steps, lost, rewound)
     return found._replace(sent=found.mark.exists())
+
+
+def _copied(record: Any) -> list[Any]:
+    """The entries of an artifact's manifest that are copies of files, and no references."""
+    return [entry for entry in record.artifact.manifest.contents if entry.local_path and not entry.ref]
+
+
+def _find_copies(record: Any, folder: Path) -> bool:
+    """Whether all copies are there. Those that have moved are looked for below the run's `wandb` folder, and noted."""
+    for entry in _copied(record):
+        if not Path(entry.local_path).is_file():
+            moved = folder / "artifacts" / "staging" / Path(entry.local_path).name
+            if not moved.is_file():
+                return False
+            entry.local_path = str(moved)
+    return True
 
 
 def _step(record: Any) -> int | None:

@@ -9,8 +9,9 @@ with `_step == train/step`, through kills and rewinds. `track.on_rewind` says wh
     rewind   W&B is asked to forget them; a server that cannot is asked once, then they are skipped
     new_run  another W&B run of the same group, with the history so far, beside the one that is left as it was
 
-Step k's row is sent when step k is recorded, together with what was measured after k steps (evaluations), so those
-appear one step late. Checkpoints and data sets are noted there by reference, nothing of them is copied.
+Step k's row is sent when step k is recorded, together with what was measured after k steps (evaluations and their
+samples, as tables), so those appear one step late, and with how the hosts were doing before it. Checkpoints and data
+sets are noted there by reference, nothing of them is copied.
 
 It gives up: when W&B fails or falls 10,000 records behind, it is left alone with one line of notice; the journal has
 everything, and `millstream track sync` sends it later. A run's end waits for W&B 10 s at the most.
@@ -28,10 +29,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import node
 from pipeline.sections import Track
 from pipeline.track.console import relative
 from pipeline.track.journal import lineage, read
-from pipeline.track.wandb import account, references, segments
+from pipeline.track.wandb import account, references, segments, tables
 
 INIT_SECONDS = 30.0
 CLOSE_SECONDS = 10.0
@@ -61,6 +63,7 @@ class Wandb:
         self._off, self._exit_code = threading.Event(), 1
         self._run: Any = None
         self._sent, self._rows = -1, {}
+        self._system: dict[str, float] = {}  # of the hosts, since the last step
         self._notes: references.References | None = None
         self._mode = account.mode(track.wandb)
         if self._mode == "off":
@@ -152,11 +155,16 @@ class Wandb:
             self._send(at for at in list(self._rows) if at < step)
         elif record["kind"] == "end":
             self._exit_code = int(record.get("reason") == "failed")
-        elif record.get("metrics") and (step > self._sent or record["kind"] == "save"):
+        elif record["kind"] == "node":
+            self._system |= node.metrics(record)
+        elif (values := _values(record)) and (step > self._sent or record["kind"] == "save"):
             step = max(step, self._sent + 1)  # a save that ended behind the training stands where it ended
-            self._rows.setdefault(step, {}).update(_numbers(record["metrics"]))
+            self._rows.setdefault(step, {}).update(values)
             if record["kind"] == "step":
+                self._rows[step] |= self._system
                 self._send(at for at in list(self._rows) if at <= step)
+        if record["kind"] in ("start", "restore", "step"):
+            self._system = {}
         if self._notes is not None:
             self._notes.take(record)
 
@@ -188,7 +196,9 @@ class Wandb:
 
     def _send(self, steps: Iterable[int]) -> None:
         for step in sorted(steps):
-            self._run.log({**self._rows.pop(step), "train/step": step}, step=step, commit=True)
+            with tables.staged(self._folder):
+                row = tables.with_tables(self._rows.pop(step), self._folder)
+                self._run.log({**row, "train/step": step}, step=step, commit=True)
             self._sent = step
 
     def _tell(self, line: str) -> None:
@@ -225,16 +235,31 @@ def fill(track: Track, folder: Path, name: str, config: Mapping[str, Any], upto:
     return sink.notice
 
 
-def _rows(records: Iterable[Mapping[str, Any]], upto: float = math.inf) -> dict[int, dict[str, float]]:
-    """Metrics by step, of all that was recorded up to `upto` steps done, the evaluation after them included."""
-    rows: dict[int, dict[str, float]] = {}
+def _rows(records: Iterable[Mapping[str, Any]], upto: float = math.inf) -> dict[int, dict[str, Any]]:
+    """What stands in W&B by step, of all that was recorded up to `upto` steps done, the evaluation after them included.
+
+    How the hosts are doing is put to the next step: it makes no row of its own.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    system: dict[str, float] = {}
     for record in records:
-        if record.get("metrics") and record["step"] <= upto:
-            rows.setdefault(record["step"], {}).update(_numbers(record["metrics"]))
+        if record["kind"] == "node":
+            system |= node.metrics(record)
+        elif record["kind"] in ("start", "restore"):
+            system = {}
+        elif (values := _values(record)) and record["step"] <= upto:
+            rows.setdefault(record["step"], {}).update(values)
+            if record["kind"] == "step":
+                rows[record["step"]] |= system
+                system = {}
     return rows
 
 
-def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+def _values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record puts into the row of its step: numbers, and lists of samples."""
+    if record["kind"] == "samples":
+        return {f"samples/{name}": rows for name, rows in record["sets"].items()}
+    metrics: Mapping[str, float | None] = record.get("metrics") or {}
     return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 

@@ -99,7 +99,7 @@ def _send(segment: Segment, later: list[Segment], track: Track, say: Say) -> boo
         return False
     say(f"{here}: sending steps {wanted[0]} to {wanted[-1]}")
     with tempfile.TemporaryDirectory(prefix="millstream-sync-") as scratch:
-        whole = wanted == segment.steps and not segment.online and not segment.sent
+        whole = wanted == segment.steps and not segment.online and not segment.sent and not segment.lost
         source = segment.path.parent if whole else segments.write_part(segment, wanted, rewinds, Path(scratch))
         _wandb_sync(source, segment, track, Path(scratch))
     segment.mark.touch()
@@ -108,7 +108,9 @@ def _send(segment: Segment, later: list[Segment], track: Track, say: Say) -> boo
 
 def _wandb_sync(source: Path, segment: Segment, track: Track, scratch: Path) -> None:
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced", str(source)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("WANDB_MODE", "WANDB_DIR")}
+    # WANDB_SERVICE would let a W&B of this process do it, which goes on sending when the command has been given up.
+    unwanted = ("WANDB_MODE", "WANDB_DIR", "WANDB_SERVICE")
+    environment = {key: value for key, value in os.environ.items() if key not in unwanted}
     output = scratch / "output"
     with output.open("w") as file:
         process = subprocess.Popen(command, cwd=scratch, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -117,6 +119,7 @@ def _wandb_sync(source: Path, segment: Segment, track: Track, scratch: Path) -> 
         finally:
             process.kill()
             process.wait()
+            account.end_cores(process.pid)  # it outlives the command for a while, and would send into the next try
     text = output.read_text(errors="replace")
     wrong = [line.removeprefix("wandb: ") for line in text.splitlines() if _BAD.search(line)]
     if wrong or process.returncode or "Finished syncing" not in text:

@@ -109,7 +109,7 @@ function show() {
   overview();
   const shown = list.map((row) => row.name).filter((name) => chosen.has(name) && runs.has(name));
   const known = shown.map((name) => Object.assign(runs.get(name), { index: index(name) }));
-  for (const part of [verdicts, curves, timeline, goodput, ranks, configuration, events]) part(known);
+  for (const part of [verdicts, curves, samples, timeline, goodput, ranks, configuration, events]) part(known);
 }
 
 // ------------------------------------------------------------ live
