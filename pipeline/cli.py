@@ -77,6 +77,9 @@ def train(
     address: Annotated[
         str | None, typer.Option(envvar="RAY_ADDRESS", help="Running Ray cluster; without it one is started here.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For programs: the journal's records as they come, a JSON object a line.")
+    ] = False,
 ) -> None:
     """Train, or go on where the same command stopped.
 
@@ -87,7 +90,7 @@ def train(
     checked = load(config, overrides or ())
     from pipeline.cluster import driver
 
-    raise typer.Exit(driver.run(checked, fresh=fresh, address=address, new_order=new_order))
+    raise typer.Exit(driver.run(checked, fresh=fresh, address=address, new_order=new_order, as_json=as_json))
 
 
 @app.command(epilog="Example: millstream resume runs/digits steps=800")
@@ -100,6 +103,9 @@ def resume(
     address: Annotated[
         str | None, typer.Option(envvar="RAY_ADDRESS", help="Running Ray cluster; without it one is started here.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For programs: the journal's records as they come, a JSON object a line.")
+    ] = False,
 ) -> None:
     """Go on with a run from its newest good checkpoint, by the configuration that lies in its folder."""
     from pipeline.config import load
@@ -109,7 +115,7 @@ def resume(
     checked = load(folder / "config.yaml", overrides or ())
     from pipeline.cluster import driver
 
-    raise typer.Exit(driver.run(checked, folder=folder, address=address))
+    raise typer.Exit(driver.run(checked, folder=folder, address=address, as_json=as_json))
 
 
 @app.command(epilog="Example: millstream evaluate runs/digits --checkpoint 400")

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -29,7 +31,7 @@ from pipeline.cluster.supervise import supervise
 from pipeline.config import Config
 from pipeline.track import journal
 from pipeline.track.code import version as code_version
-from pipeline.track.console import Console
+from pipeline.track.console import Console, Lines
 from pipeline.track.wandb import Wandb
 
 DONE, GIVE_UP, AGAIN = 0, 1, 75
@@ -44,12 +46,14 @@ def run(
     fresh: bool = False,
     address: str | None = None,
     new_order: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Train until done, stopped or given up; returns the exit code (0, 75, 78 or 1).
 
     The same configuration again goes on where its run stopped; `fresh` starts anew in a folder beside it and deletes
     nothing; `folder` goes on in that run folder whatever others the name has; `new_order` lets it go on with other
-    data, or in another order of samples, which is refused otherwise. Raises ConfigError or RunError for what is found
+    data, or in another order of samples, which is refused otherwise; `as_json` says what happens in lines for programs
+    (console.Lines). Raises ConfigError or RunError for what is found
     before the first attempt.
     """
     config = configs.resolve(config)
@@ -60,8 +64,9 @@ def run(
     folder = folder or history.run_folder(config, fresh)
     alone = config.cluster.workers == 0
     terminal = output.shared if alone else output.apart
-    with lease.take(folder, say=print), terminal(folder / "logs" / "driver.log") as stream:
-        console = Console(config, folder, stream)
+    say, display = (partial(print, file=sys.stderr), Lines) if as_json else (print, Console)
+    with lease.take(folder, say=say), terminal(folder / "logs" / "driver.log") as stream:
+        console = display(config, folder, stream)
         history.note_configuration(config, folder, console.say)
         if history.finished(config, folder):
             console.already_done()

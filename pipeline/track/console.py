@@ -6,6 +6,7 @@ terminal (a log file, CI) the bar becomes one line every ten seconds.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -178,6 +179,24 @@ class Console:
             f"{relative(self.folder)} is finished: {self.config.steps} steps. "
             "--fresh trains anew in a folder beside it; a larger steps=N goes on further."
         )
+
+
+class Lines(Console):
+    """The same for programs: a JSON object a line. The journal's records (schema.py) as they come; what is said beside
+    them (kind: said, message); at the end the command's exit code (kind: exit, code).
+    """
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def say(self, text: str, style: str = "") -> None:
+        self.show(dict(kind="said", message=text))
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        print(json.dumps(record), file=self.terminal.file, flush=True)
+
+    def end(self, code: int, records: Sequence[Mapping[str, Any]], tracking: str | None) -> None:
+        self.show(dict(kind="exit", code=code))
 
 
 def metric_texts(metrics: Mapping[str, float | None]) -> list[str]:

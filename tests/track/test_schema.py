@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pipeline
 from pipeline.run import Run
@@ -49,8 +51,14 @@ def test_the_records_of_a_run_have_the_keys_that_are_described(tmp_path: Path) -
     path = small_data.config(tmp_path / "toy.yaml", RESNET, tmp_path / "pictures", data=data, steps=7)
     command = [sys.executable, "-m", "pipeline", "train", str(path), "cluster.workers=0"]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    told: list[dict[str, Any]] = []
     for steps in (7, 8):  # the second time it goes on
-        subprocess.run([*command, f"steps={steps}"], check=True, cwd=tmp_path, capture_output=True, env=environment)
+        start = [*command, f"steps={steps}", "--json"]
+        done = subprocess.run(start, check=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        told += map(json.loads, done.stdout.splitlines())
+    assert [record["code"] for record in told if record["kind"] == "exit"] == [0, 0]
+    told = [record for record in told if record["kind"] not in ("said", "exit")]
+    assert told == Run(tmp_path / "runs" / "toy").records()
     seen = set()
     for record in Run(tmp_path / "runs" / "toy").records():
         kind, keys = record["kind"], set(record) - set(HEAD)
