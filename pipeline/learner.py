@@ -23,12 +23,13 @@ from pipeline.data.stream import Stream
 from pipeline.engine import Engine
 from pipeline.randomness import Randomness
 from pipeline.session import Session
+from pipeline.throughput import Throughput
 
 
 @dataclass
 class Learner:
-    """What is trained: the task, the engine around its network, the statistics beside it, how many parameters, and
-    what there is to know of their first weights.
+    """What is trained: the task, the engine around its network, the statistics beside it, how many parameters, what
+    there is to know of their first weights, and what their steps are worth.
     """
 
     task: tasks.Task
@@ -36,6 +37,7 @@ class Learner:
     running: RunningStatistics
     parameters: int
     notes: list[str]
+    throughput: Throughput
     scored_step: int | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -63,7 +65,8 @@ def build(config: Config, session: Session, randomness: Randomness) -> Learner:
     engine = engines.build(config, model, session.world, weights)
     session.owned.callback(engine.close)
     running.to(session.world.device)
-    return Learner(task, engine, running, parameters, weights.notes if weights else [])
+    throughput = Throughput(config, task, session.world)
+    return Learner(task, engine, running, parameters, weights.notes if weights else [], throughput)
 
 
 def kept_network(config: Config, session: Session) -> dict[str, Any] | None:
@@ -96,7 +99,7 @@ def restore(
     if session.world.rank == 0:
         kind, at, notes = ("restore", restored.step, restored.notes) if restored else ("start", 0, learner.notes)
         ahead = data.skipped.since(at).windows if data else ()
-        notes = [*notes, *(f"steps {begin} to {end} are left out" for begin, end in ahead)]
+        notes = [*notes, *learner.throughput.notes, *(f"steps {begin} to {end} are left out" for begin, end in ahead)]
         workers = session.world.world_size
         facts = {"workers": workers, "parameters": learner.parameters, "data": str(data)}
         if data is not None:

@@ -38,15 +38,19 @@ class Pace:
         self._steps: list[tuple[int, float, np.ndarray, np.ndarray]] = []
         self._behind: dict[tuple[str, int], list[int]] = defaultdict(list)  # (what, rank) -> first steps of windows
         self._named: set[tuple[str, int]] = set()
+        self._memory = np.zeros(len(self._hosts))  # bytes that each rank holds, on host and GPU together
 
-    def note(self, step: int, computed: np.ndarray, waited: np.ndarray, seconds: float, loader: Loader) -> None:
-        """A step of `seconds`, in which rank r computed `computed[r]` of them before any collective and waited
-        `waited[r]` for samples. A rank's own slow shards are recorded by itself.
+    def note(self, step: int, everyone: np.ndarray, seconds: float, loader: Loader) -> None:
+        """A step of `seconds`; of them rank r has waited `everyone[r, 0]` for samples and computed `everyone[r, 2]`
+        before any collective, and it holds `everyone[r, 3:5]` bytes on host and GPU. A rank's own slow shards are
+        recorded by itself.
         """
         for slow in loader.slow_shards():
             self._session.record("slow", what="shard", rank=self._session.world.rank, step=step, **slow._asdict())
+        waited, computed = everyone[:, 0], everyone[:, 2]
         if self._session.world.rank or not computed.any():
             return
+        self._memory = everyone[:, 3:5].sum(axis=1)
         self._steps.append((step, seconds, computed, waited))
         spent = sum(seconds for _, seconds, *_ in self._steps)
         if any(len(self._steps) >= steps and spent >= least for steps, least in (WINDOW, LONG_WINDOW)):
@@ -59,6 +63,7 @@ class Pace:
         usual = median(seconds)
         computes, waits = np.median(computed, axis=0).tolist(), np.mean(waited, axis=0).tolist()
         figures = {"compute": [_short(s) for s in computes], "data": [_short(s) for s in waits]}
+        figures["memory"] = self._memory.tolist()
         self._session.record("pace", step=steps[-1], steps=len(steps), seconds=_short(usual), **figures)
         for what, values in (("compute", computes), ("data", waits)):
             others = [median([*values[:r], *values[r + 1 :]] or [values[r]]) for r in range(len(values))]

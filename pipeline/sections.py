@@ -190,6 +190,7 @@ class Track(Strict):
 
     health_every: Count | None = Field(default=100, description="steps between looks at every layer; null: none")
     samples: int = Field(default=8, ge=0, description="of each held-out set, shown after every evaluation; 0: none")
+    peak_flops: float | None = Field(default=None, gt=0, description="FLOP/s of one device, for MFU; null: if known")
     wandb: Literal["auto", "online", "offline", "off"] = Field(default="auto", description="auto: online, given a key")
     project: str = Field(default="millstream", min_length=1, description="W&B project")
     entity: str | None = Field(default=None, description="W&B user or team")

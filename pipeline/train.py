@@ -52,7 +52,7 @@ def train(config: Config, session: Session) -> str:
     decided = rollbacks.shared(world, session.run / "checkpoints")
     data.leave_out((each.first, each.last) for each in decided)
     learner = build(config, session, randomness)
-    task, engine = learner.task, learner.engine
+    task, engine, throughput = learner.task, learner.engine, learner.throughput
     restored = restore(config, session, learner, data)
     first = restored.step if restored else 0
     judge = Judge(config.guard, config.optim.schedule.warmup, went_back=len(decided))
@@ -96,9 +96,9 @@ def train(config: Config, session: Session) -> str:
                 result = engine.step(rate) if terms else None
                 if again or not (result and judge.again(session, step, result)):
                     break
-            own = [loader.wait_seconds, rows_digest(batches), session.forward.take()]
-            everyone = world.gather([*own, *flat(sums)])  # [R, 3 + 2 * metrics]
-            metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 3:]).items()}
+            own = [loader.wait_seconds, rows_digest(batches), session.forward.take(), *throughput.memory()]
+            everyone = world.gather([*own, *flat(sums)])  # [R, 5 + 2 * metrics]
+            metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 5:]).items()}
             if result:
                 trouble = judge.judge(session, step, result, metrics["train/loss"], batches)
                 if result.applied:
@@ -110,10 +110,10 @@ def train(config: Config, session: Session) -> str:
 
             # Record.
             seconds = time.perf_counter() - began
-            pace.note(step, everyone[:, 2], everyone[:, 0], seconds, loader)
+            pace.note(step, everyone, seconds, loader)
             if world.rank == 0:
                 metrics["optim/lr"] = rate
-                metrics["throughput/samples_per_second"] = config.global_batch_size / seconds
+                metrics |= throughput.metrics(seconds, terms, everyone[:, 3:5])
                 metrics["time/step_seconds"] = seconds
                 metrics["data/wait_seconds"] = float(everyone[:, 0].max())
                 session.record("step", step=step, metrics=metrics, samples=int(everyone[:, 1].sum()))

@@ -41,6 +41,7 @@ LAYERS = [
         "spikes",
         "replicas",
         "pace",
+        "throughput",
         "jit",
         "checkpoint",
         "track",

@@ -34,7 +34,8 @@ class Noted:
     def steps(self, computed: np.ndarray, waited: np.ndarray) -> list[dict[str, Any]]:
         """Steps of which rank r computes `computed[:, r]`; what was said of slow ones."""
         for one, other in zip(computed, waited):
-            self.pace.note(self.step, one, other, float((one + other).max() * 2), self.loader)
+            everyone = np.stack([other, 0 * one, one, 1e9 + 0 * one, 0 * one], axis=1)  # [R, 5]
+            self.pace.note(self.step, everyone, float((one + other).max() * 2), self.loader)
             self.step += 1
         return of_kind(self.records, "slow")
 
@@ -67,6 +68,7 @@ def test_a_rank_that_becomes_slow_is_named_once_with_host_and_figures() -> None:
     assert times and float(times[1]) == pytest.approx(2.1, rel=0.25)
     record = of_kind(noted.records, "pace")[12]
     assert len(record["compute"]) == len(record["data"]) == 4 and record["compute"][1] > 1.5 * record["compute"][0]
+    assert record["memory"] == [1e9] * 4
 
 
 def test_a_host_is_named_when_all_its_ranks_are_slow_and_a_rank_when_it_alone_is() -> None:

@@ -18,6 +18,7 @@ not read: `kept` is then what the checkpoint says of the network. Other tasks ne
 
 A task may have `show(model, batch) -> list[Row]`: what the network makes of each sample of a micro batch, for people to
 look at. It is asked after an evaluation, about the same samples on every rank, so all ranks call the network alike.
+And `unit`: what a term of its loss is ("tokens"), to tell how many of them a second are trained on.
 
 The micro batch is the unit: a loss is a sum over its terms, never a mean, and the loop divides by the number of terms
 of the whole step. So padding and short batches weigh exactly nothing, at any number of workers.

@@ -68,6 +68,7 @@ class Task:
     """
 
     augments = False
+    unit = "tokens"
 
     def __init__(self, config: Config) -> None:
         self.config = config

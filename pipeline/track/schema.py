@@ -46,7 +46,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "step": {
         "step": "its number",
         "metrics": "train/*: means over the batch; optim/lr; time/step_seconds; data/wait_seconds: of the slowest; "
-        "throughput/samples_per_second: over all ranks; null: was not finite",
+        "throughput/samples_per_second: over all ranks, also <unit>_per_second and mfu where they are known; "
+        "memory/host_gb, memory/gpu_gb: of the worker that holds most; null: was not finite",
         "samples": "digest of which samples stood in which rows, the same at every world size",
     },
     "evaluation": {
@@ -111,6 +112,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
         "seconds": "of a step, median",
         "compute": "by rank: seconds before it first waits for others, median",
         "data": "by rank: seconds waited for samples, mean",
+        "memory": "by rank: bytes that it holds, on its host and at most on its GPU",
     },
     "slow": {
         "step": "at which it was found",

@@ -51,6 +51,7 @@ def test_the_records_of_a_run_have_the_keys_that_are_described(tmp_path: Path) -
     path = small_data.config(tmp_path / "toy.yaml", RESNET, tmp_path / "pictures", data=data, steps=7)
     command = [sys.executable, "-m", "pipeline", "train", str(path), "cluster.workers=0"]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command.append("track.peak_flops=1e15")
     told: list[dict[str, Any]] = []
     for steps in (7, 8):  # the second time it goes on
         start = [*command, f"steps={steps}", "--json"]
@@ -59,6 +60,9 @@ def test_the_records_of_a_run_have_the_keys_that_are_described(tmp_path: Path) -
     assert [record["code"] for record in told if record["kind"] == "exit"] == [0, 0]
     told = [record for record in told if record["kind"] not in ("said", "exit")]
     assert told == Run(tmp_path / "runs" / "toy").records()
+    assert any(note.startswith("MFU: ") for record in told for note in record.get("notes", ()))
+    metrics = next(record["metrics"] for record in told if record["kind"] == "step")
+    assert 0 < metrics["throughput/mfu"] < 1 and metrics["memory/host_gb"] > 0.1 and "memory/gpu_gb" not in metrics
     seen = set()
     for record in Run(tmp_path / "runs" / "toy").records():
         kind, keys = record["kind"], set(record) - set(HEAD)

@@ -14,6 +14,8 @@ const TITLES = {
   "throughput/samples_per_second": "Samples per second",
   "throughput/tokens_per_second": "Tokens per second",
   "throughput/mfu": "Model FLOPs utilization",
+  "memory/host_gb": "Memory of the worker that holds most, GB",
+  "memory/gpu_gb": "GPU memory of the worker that has held most, GB",
   "time/step_seconds": "Seconds per step",
   "pace/slowest_compute": "Slowest worker's computing, times the median's",
   "pace/slowest_data_share": "Slowest worker's wait for data beyond the median's, share of a step",
