@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -167,6 +166,9 @@ def _flat(engine: Engine, name: str, parameter: Any) -> Piece | None:
 
 
 def _partitioned(engine: Engine, name: str, parameter: Any) -> Piece | None:
+    # here: engine.py says first what DeepSpeed must know before it is imported
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
     start, numel = _partition(engine, parameter)
     if numel == 0:
         return None

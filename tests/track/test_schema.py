@@ -57,6 +57,7 @@ def test_the_records_of_a_run_have_the_keys_that_are_described(tmp_path: Path) -
         start = [*command, f"steps={steps}", "--json"]
         done = subprocess.run(start, check=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
         told += map(json.loads, done.stdout.splitlines())
+        assert done.stderr == ""  # no library speaks to the terminal
     assert [record["code"] for record in told if record["kind"] == "exit"] == [0, 0]
     told = [record for record in told if record["kind"] not in ("said", "exit")]
     assert told == Run(tmp_path / "runs" / "toy").records()
