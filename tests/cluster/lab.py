@@ -42,8 +42,8 @@ FAST = {
     "RAY_health_check_failure_threshold": "3",
 }
 
-# Process 1 of a host. A shell, because it must reap orphans. Of /tmp only $SHARED is that of the other hosts. As on a
-# machine every boot has an id of its own.
+# Process 1 of a host. A shell, because it must reap orphans. Of /tmp only $SHARED and $ROOT, where this code lies, are
+# those of the other hosts. As on a machine every boot has an id of its own.
 BOOT = """
 set -e
 mount --make-rprivate /
@@ -51,9 +51,9 @@ mount -t proc proc /proc
 mount -t tmpfs -o size=2g shm /dev/shm
 mount --bind "$LAB/hosts" /etc/hosts
 mount -t tmpfs tmp "$LAB/tmp"
-case $SHARED in
-    /tmp/*) mkdir -p "$LAB/tmp/${SHARED#/tmp/}" && mount --bind "$SHARED" "$LAB/tmp/${SHARED#/tmp/}" ;;
-esac
+for place in "$SHARED" "$ROOT"; do
+    case $place in /tmp/*) mkdir -p "$LAB/tmp/${place#/tmp/}" && mount --bind "$place" "$LAB/tmp/${place#/tmp/}" ;; esac
+done
 mount --rbind "$LAB/tmp" /tmp
 cat /proc/sys/kernel/random/uuid >/tmp/boot_id
 mount --bind /tmp/boot_id /proc/sys/kernel/random/boot_id
@@ -254,9 +254,10 @@ class Lab:
     def _namespace(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """A shell that runs the last argument in namespaces of its own, once it has said that it is up."""
         *spaces, script = arguments
+        places = {"LAB": str(self.folder), "SHARED": str(self.shared), "ROOT": str(ROOT)}
         process = subprocess.Popen(
             ["unshare", *spaces, "bash", "-c", script],
-            env=self.environment | {"LAB": str(self.folder), "SHARED": str(self.shared)} | environment,
+            env=self.environment | places | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
