@@ -24,8 +24,7 @@ T = TypeVar("T")
 class Item(NamedTuple):
     """One sample. fields: {extension: bytes}.  name: what decides who is held out, the key when it is empty.
 
-    label: place in the source's `classes`, -1 without.  content: the fields by which two samples are the same one,
-    all but cls when it is empty.
+    label: place in the source's `classes`, -1 without.
     """
 
     key: str

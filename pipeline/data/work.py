@@ -13,11 +13,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import DataError
+
+COPY_BYTES = 16 << 20  # at a time
 
 
 class Work(NamedTuple):
@@ -118,3 +120,15 @@ def sync(folder: Path) -> None:
 def json_bytes(value: Any) -> bytes:
     """JSON for people: indented, UTF-8, a newline at the end."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+
+def link(source: Path, target: Path, copy: bool = False) -> None:
+    """Have a file under a second name, or a copy of its bytes where that cannot be, or when it is asked for."""
+    if target.exists():
+        return
+    if not copy:
+        with suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return
+    with open(source, "rb") as file:
+        put(target, iter(lambda: file.read(COPY_BYTES), b""))
