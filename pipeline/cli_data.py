@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True)
 @app.callback(epilog="Example: millstream data pack photos/ data/photos --holdout 0.1")
 def data() -> None:
     """Pack, index, verify and look at data sets."""
-    # Asked to end, by a person or by a scheduler, a data command clears away what is half-made before it goes.
+    # Asked to end by a scheduler, a data command does as by Ctrl-C: it keeps what is done, and says so.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

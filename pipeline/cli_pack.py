@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.data.tars import Chosen
     from pipeline.data.writer import Packed
+
+CORES = os.cpu_count() or 1
 
 
 class Kind(Enum):
@@ -107,7 +110,7 @@ def pack(
     seed: SeedOption = 0,
     shuffle: ShuffleOption = True,
     shard_mb: ShardMbOption = 32.0,
-    threads: ThreadsOption = os.cpu_count() or 1,
+    threads: ThreadsOption = CORES,
     workers: WorkersOption = 0,
     address: AddressOption = None,
     licence: LicenceOption = None,
@@ -136,13 +139,10 @@ def pack(
     command = shlex.join(["millstream", *sys.argv[1:]])
     packing = packer.Packing(holdout, seed, shuffle, round(shard_mb * 1e6), 4, threads, licence, command)
     arrays = packer.Arrays(shape=_shape(shape), label=label.value, labels=labels, scale=scale)
-    text = packer.Text(
-        length, vocabulary, tokenizer, patterns=tuple(pattern or packer.PATTERNS), exclude=tuple(exclude or ())
-    )
+    patterns, excluded = tuple(pattern or packer.PATTERNS), tuple(exclude or ())
+    text = packer.Text(length, vocabulary, tokenizer, patterns=patterns, exclude=excluded)
     columns = packer.Columns(tuple(map(_member, field or ())), key, files)
-    if only and leave_out:
-        raise typer.BadParameter("give the keys to take or those to leave out, not both", param_hint="--only")
-    chosen = packer.Chosen(only or leave_out, without=leave_out is not None)
+    chosen = _chosen(only, leave_out)
     asked = kind.value if kind is not Kind.auto else "table" if field else "tars" if chosen.keys else None
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
@@ -174,6 +174,15 @@ def _say_packed(packed: Packed) -> None:
     sets = ", evaluate: {test: " + str(packed.folder / "test") + "}" if "test" in packed.samples else ""
     terminal.say(f"Look at it with `millstream data preview {packed.folder / 'train'}`; in a configuration it is")
     terminal.say(f"  data: {{train: {packed.folder / 'train'}{sets}}}")
+
+
+def _chosen(only: Path | None, leave_out: Path | None) -> Chosen:
+    """Which samples of tars are taken."""
+    from pipeline.data.tars import Chosen
+
+    if only and leave_out:
+        raise typer.BadParameter("give the keys to take or those to leave out, not both", param_hint="--only")
+    return Chosen(only or leave_out, without=leave_out is not None)
 
 
 def _member(text: str) -> tuple[str, str]:

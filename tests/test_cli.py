@@ -75,11 +75,11 @@ def commands() -> list[list[str]]:
 
 def test_the_commands_are_these() -> None:
     expected = (
-        "checkpoint, checkpoint diff, checkpoint export, checkpoint list, checkpoint prune, checkpoint "
-        "upload, checkpoint verify, dashboard, data, data head, data index, data merge, data pack, data preview, data "
-        "repair, data stats, data verify, evaluate, report, resume, runs, submit, submit k8s, submit logs, submit ray, submit resume, submit "
-        "slurm, submit status, submit stop, sweep, track, track repair, track status, track sync, train, "
-        "verify-resume"
+        "checkpoint, checkpoint diff, checkpoint export, checkpoint list, checkpoint prune, checkpoint upload, "
+        "checkpoint verify, dashboard, data, data head, data index, data merge, data pack, data preview, data "
+        "repair, data stats, data verify, evaluate, report, resume, runs, submit, submit k8s, submit logs, submit "
+        "ray, submit resume, submit slurm, submit status, submit stop, sweep, track, track repair, track status, "
+        "track sync, train, verify-resume"
     )
     assert ", ".join(sorted(" ".join(words) for words in commands())[1:]) == expected
 
@@ -192,18 +192,24 @@ def test_a_shape_that_is_none(millstream: Run, project: Path, wrong: str) -> Non
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_pack_leaves_nothing(project: Path, stop: signal.Signals) -> None:
+def test_a_stopped_pack_goes_on(project: Path, stop: signal.Signals) -> None:
     digits(project / "digits.npy", 60_000)
-    (project / "out").mkdir()
     pack = [*MILLSTREAM, "data", "pack", "digits.npy", "out/many", "--shape", "8x8"]
     process = subprocess.Popen(pack, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list((project / "out").iterdir()):
+    work = project / "out/.many.packing"
+    while len(list(work.glob("spool/*.json"))) < 1:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(stop)
     _, err = process.communicate()
-    assert process.returncode == 130 and err.strip() == "stopped; nothing half-made is left"
-    assert list((project / "out").iterdir()) == []
+    assert process.returncode == 130 and "Traceback" not in err
+    command = "millstream data pack digits.npy out/many --shape 8x8"
+    kept = f"what is done is kept, and the same command goes on from there: {command}"
+    assert err.split("\n") == ["", kept, "", "stopped; no file is half-written", ""]
+    assert [path.name for path in (project / "out").iterdir()] == [work.name]
+    done = subprocess.run(pack, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "out/many/train 60,000 samples" in done.stdout
+    assert [path.name for path in (project / "out").iterdir()] == ["many"]
 
 
 def test_checkpoints_are_listed_and_verified(millstream: Run, project: Path) -> None:

@@ -86,11 +86,7 @@ def pack_text(source: Path, out: Path, packing: Packing, text: Text, *, progress
             )
         mask = held_out(corpus.names, packing.holdout, "documents")
         warnings += common(corpus.digests, mask, "documents")
-        tokenizer = (
-            load_tokenizer(text.tokenizer)
-            if text.tokenizer
-            else _trained(work, corpus, ~mask, text.vocab_size, progress)
-        )
+        tokenizer = _tokenizer(work, corpus, ~mask, text, progress)
         facts: dict[str, Any] = {
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,
             "length": text.length,
@@ -127,11 +123,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _trained(work: Work, corpus: Corpus, mask: np.ndarray, vocab_size: int, progress: Progress) -> Tokenizer:
-    """The tokenizer of these documents, trained now or before a packing was stopped."""
-    path = work.folder / "tokenizer.json"
-    if not path.exists():
-        put(path, [_train(corpus, mask, vocab_size, progress).to_str(pretty=True).encode()])
+def _tokenizer(work: Work, corpus: Corpus, mask: np.ndarray, text: Text, progress: Progress) -> Tokenizer:
+    """The one that is given, or one of these documents, trained now or before a packing was stopped."""
+    path = text.tokenizer or work.folder / "tokenizer.json"
+    if not text.tokenizer and not path.exists():
+        put(path, [_train(corpus, mask, text.vocab_size, progress).to_str(pretty=True).encode()])
     return load_tokenizer(path)
 
 

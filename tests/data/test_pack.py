@@ -6,7 +6,6 @@ import gc
 import io
 import json
 import shutil
-import tarfile
 import warnings
 from pathlib import Path
 
@@ -17,12 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data import index, source
+from pipeline.data import index
 from pipeline.data.arrays import Arrays
-from pipeline.data.pack import cut, detect, pack, pack_arrays, pack_images
-from pipeline.data.pieces import end, piece
+from pipeline.data.pack import detect, pack, pack_arrays, pack_images
 from pipeline.data.reader import open_dataset
-from pipeline.data.work import work_folder
 from pipeline.data.writer import Packing, held_out, permutation
 from pipeline.errors import DataError
 
@@ -148,78 +145,6 @@ def test_an_existing_folder_is_not_touched(animals: Path, tmp_path: Path) -> Non
 def test_what_the_system_refuses_is_said(animals: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"writing .*README.md/out failed: .*README.md"):
         pack_images(animals, animals / "README.md" / "out", Packing())
-
-
-@pytest.mark.parametrize("stage", ["read", "write train", "write test"])
-def test_an_interrupted_packing_goes_on(
-    animals: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source, "UNIT_BYTES", 2000)  # several units
-    packing = Packing(holdout=0.2, min_shards=3)
-    pack_images(animals, tmp_path / "whole", packing)
-    last: list[int] = []
-
-    def interrupt(at: str, done: int, total: int) -> None:
-        if at == stage and 0 < done < total:
-            last.append(done)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pack_images(animals, tmp_path / "out", packing, progress=interrupt)
-    assert nothing_else_in(tmp_path, "animals", "whole", ".out.packing")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.packing/spool").iterdir()}
-    after: dict[Path, int] = {}
-
-    def look(at: str, done: int, total: int) -> None:
-        if (at, done) == ("read", total):
-            after.update({path: path.stat().st_mtime_ns for path in (tmp_path / ".out.packing/spool").iterdir()})
-
-    packed = pack_images(animals, tmp_path / "out", packing, progress=look)
-    assert last and before and before.items() <= after.items() and packed.warnings[:1] != ()
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert nothing_else_in(tmp_path, "animals", "whole", "out")
-
-
-def test_what_is_left_of_another_packing_is_not_used(animals: Path, tmp_path: Path) -> None:
-    def interrupt(at: str, done: int, total: int) -> None:
-        if at == "write train":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pack_images(animals, tmp_path / "out", Packing(), progress=interrupt)
-    (animals / "fox" / "another.png").write_bytes(image_bytes("PNG", 7))
-    packed = pack_images(animals, tmp_path / "out", Packing())
-    assert packed.samples == {"train": 31} and "of other files or options; it began anew" in packed.warnings[0]
-    pack_images(animals, tmp_path / "whole", Packing())
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_two_packings_into_one_place_do_not_mix(animals: Path, tmp_path: Path) -> None:
-    with work_folder(tmp_path / "out", {}), pytest.raises(DataError, match="is being written already"):
-        pack_images(animals, tmp_path / "out", Packing())
-
-
-def test_pieces_are_what_tarfile_writes(tmp_path: Path) -> None:
-    names = ["a.txt", "deep/" * 25 + "b.txt", "ä.json", "x" * 96 + ".cls"]
-    made = b"".join(piece(name.rpartition(".")[0], {name.rpartition(".")[2]: b"x" * len(name)}) for name in names)
-    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in names:
-            member = tarfile.TarInfo(name)
-            member.size = len(name)
-            tar.addfile(member, io.BytesIO(b"x" * len(name)))
-    assert made + end(len(made)) == (tmp_path / "theirs.tar").read_bytes()
-    with pytest.raises(DataError, match="give a shorter key"):
-        piece("y" * 120, {"txt": b""})
-
-
-def test_shards_are_cut_by_number_or_by_bytes() -> None:
-    assert cut(np.full(10, 5), 3) == [0, 3, 6, 10]
-    sizes = np.array([1000] * 10 + [1] * 90)
-    edges = cut(sizes, 4)
-    assert edges[0] == 0 and edges[-1] == 100 and all(np.diff(edges) > 0)
-    bytes_ = np.add.reduceat(sizes, edges[:-1])
-    assert bytes_.max() < sizes[:25].sum()  # the largest of equal numbers
-    assert cut(np.array([10**9, 1, 1, 1]), 4) == [0, 1, 2, 3, 4]
 
 
 def test_progress_reaches_the_end_of_each_stage(animals: Path, tmp_path: Path) -> None:
