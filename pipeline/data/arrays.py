@@ -44,22 +44,27 @@ class Arrays:
 
 def array_source(place: Path, arrays: Arrays) -> Source:
     """The rows of an array or table as {row number}.png and .cls. Raises DataError as `read_arrays` does."""
-    pixels, _, distinct = _loaded(place, arrays)
+    files = [place] if arrays.labels is None else [place, arrays.labels]
+    try:
+        seen = fingerprint(files, ["arrays", arrays.shape, arrays.label, arrays.scale])
+    except OSError as error:
+        raise DataError(f"{place} cannot be read: {error}") from error
+    pixels, _, distinct = _loaded(place, arrays, seen)
     renumbered: tuple[str, ...] = ()
     if not np.array_equal(distinct, np.arange(len(distinct))):
         renumbered = (
             f"the {len(distinct)} classes are numbered {distinct[0]} to {distinct[-1]} in {place.name} and 0 to "
             f"{len(distinct) - 1} in the shards; classes.json keeps the numbers of the source as names",
         )
-    count, files = len(pixels), [place] if arrays.labels is None else [place, arrays.labels]
+    count = len(pixels)
     rows = max(1, UNIT_BYTES // pixels[0].nbytes, count // UNITS)
     classes = [str(value) for value in distinct]
     return Source(
         kind="arrays",
         place=place,
         units=[range(first, min(first + rows, count)) for first in range(0, count, rows)],
-        read=partial(_read, place, arrays),
-        seen=fingerprint(files, ["arrays", arrays.shape, arrays.label, arrays.scale]),
+        read=partial(_read, place, arrays, seen),
+        seen=seen,
         what="images",
         samples=count,
         classes=classes,
@@ -68,15 +73,18 @@ def array_source(place: Path, arrays: Arrays) -> Source:
     )
 
 
-def _read(place: Path, arrays: Arrays, rows: range) -> Iterator[Item]:
-    pixels, labels, _ = _loaded(place, arrays)
+def _read(place: Path, arrays: Arrays, seen: str, rows: range) -> Iterator[Item]:
+    pixels, labels, _ = _loaded(place, arrays, seen)
     for i in rows:
         yield Item(f"{i:08d}", {"png": _png(pixels[i]), "cls": b"%d" % labels[i]}, label=int(labels[i]))
 
 
 @lru_cache(maxsize=1)  # once in a process, whichever unit is read
-def _loaded(place: Path, arrays: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels, for each image its place among the classes, and the classes as the source numbers them."""
+def _loaded(place: Path, arrays: Arrays, seen: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, for each image its place among the classes, and the classes as the source numbers them.
+
+    seen: the fingerprint of the files, so that changed ones are read again.
+    """
     pixels, values = read_arrays(place, arrays)
     distinct, labels = np.unique(values, return_inverse=True)
     return pixels, labels, distinct

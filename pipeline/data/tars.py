@@ -69,13 +69,17 @@ def beside(place: Path) -> dict[str, bytes]:
     return found
 
 
-@lru_cache(maxsize=1)  # once in a process, whichever unit is read
 def keys_of(path: Path) -> frozenset[str]:
     """The keys in a file, one a line. DataError when it cannot be read or holds none."""
     try:
-        keys = frozenset(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+        return _keys(path, path.stat().st_size, path.stat().st_mtime_ns)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a list of keys: {error}") from error
+
+
+@lru_cache(maxsize=1)  # once in a process, whichever unit is read
+def _keys(path: Path, size: int, modified: int) -> frozenset[str]:
+    keys = frozenset(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
     if not keys:
         raise DataError(f"{path} holds no keys; write one a line")
     return keys
