@@ -158,7 +158,7 @@ def pack_source(
             for written in spool.write(found, shards, threads):
                 done += written
                 progress(f"write {name}", done, len(numbers))
-            build_index(folder)
+            build_index(folder, mapping or map)
             for file, content in source.beside.items():
                 put(folder / file, [content])
             _write_card(folder, source, found.records["label"][numbers], packing, warnings)

@@ -2,7 +2,7 @@
 
 A tar is such pieces one after the other and an end marker, so samples can be kept as pieces, put in another order, and
 written without being looked into again. Headers depend on name and size alone: no time, owner or permissions of this
-machine. They are those that Python's tarfile writes (USTAR), which makes one in 15 times the time.
+machine. They are those that Python's tarfile writes (USTAR), and takes 20 times as long to make.
 
 What it gives up: names that USTAR cannot hold (over 255 bytes, or over 100 without a folder), fields of 8 GiB.
 """

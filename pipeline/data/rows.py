@@ -132,7 +132,7 @@ def _json_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(str(line, "utf-8"))
         except ValueError as error:
             raise DataError(f"line {number} is no JSON: {error}") from error
         if not isinstance(row, dict):

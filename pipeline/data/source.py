@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-UNIT_BYTES = 64 << 20  # about; what is read between two places from which a stopped packing can go on
+UNIT_BYTES = 16 << 20  # about; what is read between two places from which a stopped packing can go on
 UNITS = 256  # about, at most: each becomes a file of the spool, and all are open while shards are written
 
 T = TypeVar("T")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import index
+from pipeline.data.parallel import Mapping as Over
 from pipeline.data.pieces import end, piece
 from pipeline.data.root import ROOT
 from pipeline.data.work import json_bytes, put
@@ -151,10 +152,10 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{folder.name}-{shard:06d}.tar"
 
 
-def build_index(folder: Path) -> None:
+def build_index(folder: Path, mapping: Over = map) -> None:
     """Index the shards of a split, unless that is done."""
     if not (folder / ROOT).exists():
-        index.build(folder)
+        index.commit(folder, index.scan(folder, mapping))
 
 
 def ended(chunks: Iterable[bytes]) -> Iterator[bytes]:
