@@ -5,8 +5,8 @@
     litdata               `litdata.optimize` over ranges of lines, chunks of 32 MB, in their order
 
 Every case is a command of its own. Rates count from its start to its end, imports too; "CPU" is the processor time of
-it and its children. Peak memory is that of the largest process (ru_maxrss). With --kills the packing is killed (SIGKILL)
-while it reads and again while it writes; what the third start gives is compared with an undisturbed packing.
+it and its children. Peak memory is that of the largest process (ru_maxrss). With --kills the packing is killed
+(SIGKILL) while it reads and again while it writes; what the third start gives is compared with an undisturbed packing.
 
 litdata needs other versions of libraries than Millstream: --peers-python names an interpreter that has it.
 

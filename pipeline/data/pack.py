@@ -200,10 +200,11 @@ def _remarks(source: Source, found: Spool, mask: np.ndarray, holdout: float) -> 
         warnings.append(
             f"there is one class only ({source.classes[0]}): nothing can be learned from it by classification"
         )
-    known = (labels >= 0) & (labels < len(source.classes))
+    classes = source.classes
+    known = (labels >= 0) & (labels < len(classes))
     unseen = sorted(set(labels[mask & known].tolist()) - set(labels[~mask].tolist()))
     if unseen:
-        names = ", ".join(source.classes[label] for label in unseen)
+        names = ", ".join(str(classes[label]) for label in unseen)
         warnings.append(f"no sample to train on is left of: {names}; hold out fewer")
     return warnings
 

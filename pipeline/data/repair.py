@@ -150,7 +150,7 @@ def _undecodable(item: Item) -> str | None:
 def _card(folder: Path, old: Index, new: Index, left_out: list[LeftOut]) -> dict[str, object]:
     """The card of the old one, with what is different now."""
     path = folder / "card.json"
-    card = json.loads(path.read_bytes()) if path.is_file() else {"format": 1}
+    card: dict[str, object] = json.loads(path.read_bytes()) if path.is_file() else {"format": 1}
     card["samples"] = new.samples
     if isinstance(classes := card.get("classes"), dict):
         labels = [new.segment(shard).values("cls") for shard in range(len(new.shards))]

@@ -135,7 +135,7 @@ def _pieces(
             if extension != "cls":
                 content.update(data)
         if item.fields.keys() == {"cls"}:  # no content by which samples could be the same
-            content.update(item.key)
+            content.update(item.key.encode("utf-8", "surrogateescape"))
         made = piece(item.key, item.fields)
         key, name = xxh3_64_intdigest(item.key.encode("utf-8", "surrogateescape")), name_hash(item.name or item.key)
         records.append((len(made), key, name, content.intdigest(), item.label))

@@ -158,7 +158,7 @@ def build_index(folder: Path, mapping: Over = map) -> None:
         index.commit(folder, index.scan(folder, mapping))
 
 
-def ended(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def ended(chunks: Iterable[bytes | bytearray]) -> Iterator[bytes | bytearray]:
     """A whole tar from pieces."""
     size = 0
     for chunk in chunks:

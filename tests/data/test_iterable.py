@@ -32,7 +32,7 @@ def dataset(folder: Path) -> Dataset:
 
 def numbered(sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
     pixels = sample["png"].astype(np.float32).ravel() / 255
-    drawn = np.float32(0 if rng is None else rng.random())
+    drawn = np.asarray(0 if rng is None else rng.random(), np.float32)
     return {"x": pixels, "labels": np.asarray(sample["cls"]), "number": np.asarray(sample.number), "drawn": drawn}
 
 

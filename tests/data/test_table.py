@@ -161,7 +161,7 @@ CSV = "id,label,n\na,cat,1\nb,dog,x\n"
     [
         (CSV, Columns((("cls", "lable"),)), r"no column 'lable'; did you mean 'label'\?"),
         (CSV, Columns(key="nothing"), "no column 'nothing'. There are: id, label, n"),
-        (CSV, Columns((("n.cls", "n"),)), None),
+        (CSV, Columns((("cls", "n"),)), None),
         (CSV, Columns((("jpg", "id"),)), r"(?s)2 of 2 rows .* line 2: column id: .*/a cannot be read \(No such file"),
         (CSV, Columns((("npy", "label"),)), r"column label: .*/cat cannot be read"),
         (CSV + "a,b\n", Columns(), "line 4 has 2 columns, the first line has 3"),
@@ -177,7 +177,8 @@ CSV = "id,label,n\na,cat,1\nb,dog,x\n"
 def test_what_does_not_fit_is_said(tmp_path: Path, content: str, columns: Columns, message: str | None) -> None:
     (tmp_path / "t.csv").write_text(content)
     if message is None:  # words where a class is wanted become classes
-        pack(tmp_path / "t.csv", tmp_path / "out", Packing(), kind="table", columns=columns)
+        packed = pack(tmp_path / "t.csv", tmp_path / "out", Packing(holdout=1), kind="table", columns=columns)
+        assert len(packed.warnings) == 1 and "no sample to train on is left of" in packed.warnings[0]
         assert json.loads((tmp_path / "out/train/classes.json").read_text()) == ["1", "x"]
         return
     with pytest.raises(DataError, match=message):
