@@ -185,6 +185,25 @@ def test_verify_names_a_flipped_bit(millstream: Run, project: Path) -> None:
     assert done.code == 1 and shard.name in done.out and "1 damaged" in done.out and "all good" not in done.out
 
 
+def test_data_sets_are_made_of_others(millstream: Run, project: Path) -> None:
+    rows = "".join(f"k{i},{'dog' if i % 2 else 'cat'},row {i}\n" for i in range(40))
+    Path("in.csv").write_text("id,label,text\n" + rows)
+    columns = ["--field", "cls=label", "--field", "txt=text", "--key", "id"]
+    assert millstream("data", "pack", "in.csv", "made", "--holdout", "10", *columns).code == 0
+    wrong = millstream("data", "pack", "in.csv", "other", "--field", "cls=lable")
+    assert wrong.code == 1 and "no column 'lable'; did you mean 'label'?" in wrong.err
+    assert millstream("data", "pack", "in.csv", "other", "--field", "label").code == 2
+    Path("keys").write_text("k1\nk2\nk3\n")
+    both = millstream("data", "merge", "made/train", "made/test", "both")
+    assert both.code == 0 and "both: 40 samples in 8 shards" in both.out
+    part = millstream("data", "pack", "both", "part", "--only", "keys", "--no-shuffle")
+    assert part.code == 0 and "part/train 3 samples" in part.out
+    shown = millstream("data", "head", "both", "k7", "--to", "looked")
+    assert shown.code == 0 and "cls: 1 (dog)" in shown.out and Path("looked/k7.txt").read_text() == "row 7"
+    good = millstream("data", "repair", "both", "good", "--drop", "keys", "--workers", "1")
+    assert good.code == 0 and "left out k1: its key is on" in good.err and "good: 37 samples" in good.out
+
+
 @pytest.mark.parametrize("wrong", ["8", "8xx8", "x", "8x8x3x1x1"])
 def test_a_shape_that_is_none(millstream: Run, project: Path, wrong: str) -> None:
     done = millstream("data", "pack", digits(project / "digits.npy", 4), "made", "--shape", wrong)

@@ -121,7 +121,6 @@ class Linear(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-@pytest.mark.slow
 def test_in_transformers_trainer(dataset: Dataset, tmp_path: Path) -> None:
     """Stopped after step 4 of 9 and gone on: the same samples, the same weights."""
     import transformers
@@ -164,7 +163,7 @@ def test_in_transformers_trainer(dataset: Dataset, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters()))
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning: advice, and a torch of before
 def test_in_lightning(dataset: Dataset, tmp_path: Path) -> None:
     """Lightning keeps the loader's own state in its checkpoint; stopped after step 4 of 9 and gone on."""
     lightning = pytest.importorskip("lightning")

@@ -67,6 +67,25 @@ def test_a_packing_that_is_killed_twice_gives_the_same_bytes(tmp_path: Path) -> 
     assert not work.exists()
 
 
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    """Files of more than 100,000 bytes are refused by the system: units are smaller, shards are not."""
+    rng = np.random.default_rng(0)
+    lines = ({"text": "word " * int(rng.integers(1, 80)), "i": i} for i in range(600))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    small = PACK.replace("20_000", "8_000").replace("30_000", "300_000")
+    arguments = [str(tmp_path / "in.jsonl"), str(tmp_path / "out"), "1"]
+    refused = subprocess.run([sys.executable, "-c", limit + small, *arguments], capture_output=True, text=True)
+    assert refused.returncode == 1 and "File too large; mend it, and the same command goes on" in refused.stderr
+    spool = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.packing/spool").iterdir()}
+    assert len(spool) > 6 and not list(tmp_path.glob(".out.packing/out/*/*"))
+    subprocess.run([sys.executable, "-c", small, *arguments], check=True, stdout=subprocess.DEVNULL)
+    arguments[1] = str(tmp_path / "whole")
+    subprocess.run([sys.executable, "-c", small, *arguments], check=True, stdout=subprocess.DEVNULL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert nothing_else_in(tmp_path, "in.jsonl", "out", "whole")
+
+
 @pytest.mark.parametrize("stage", ["read", "write train", "write test"])
 def test_an_interrupted_packing_goes_on(
     animals: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
