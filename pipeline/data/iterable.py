@@ -9,8 +9,8 @@ The order is that of a run (order.py): a function of data, seed, `batch_size` an
 each other, and another world size shares out the same global batches. Batches are made ahead by threads here. Inside a
 DataLoader with workers each worker makes its share of the steps, and the DataLoader puts them back in order.
 
-What it gives up: with workers, or a loop that fetches ahead, `step` does not count what was trained on; the loop's own
-count of steps is the state then (`loader.step = ...`). Bad samples end the iteration; mixtures are for runs.
+What it gives up: with workers, or in a loop that fetches ahead (Lightning does when the loader has no `steps`), `step`
+does not count what was trained on; the loop's own count is the state then (`loader.step = ...`). Bad samples end the iteration; mixtures are for runs.
 """
 
 from __future__ import annotations
@@ -92,6 +92,12 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
                 yield batch
         finally:
             prepared.close()
+
+    def __len__(self) -> int:
+        """Steps from the first to the last, wherever it is now; TypeError, as of any that has no length, without end."""
+        if self.steps is None:
+            raise TypeError("a loader without `steps` has no end")
+        return self.steps
 
     def _steps(self, first: int, stride: int) -> Iterable[int]:
         return count(first, stride) if self.steps is None else range(first, self.steps, stride)

@@ -65,6 +65,7 @@ def test_another_world_size_shares_the_same_batches(dataset: Dataset) -> None:
 
 def test_batches_are_kept_and_end_where_they_shall(dataset: Dataset) -> None:
     loader = dataset.loader(BATCH, prepare=numbered, steps=9)
+    assert len(loader) == 9
     kept = list(loader)
     copies = [batch["x"].clone() for batch in kept]
     assert len(kept) == 9 and list(loader) == []
@@ -190,7 +191,7 @@ def test_in_lightning(dataset: Dataset, tmp_path: Path) -> None:
             enable_model_summary=False,
             default_root_dir=str(tmp_path),
         )
-        loader = dataset.loader(BATCH, prepare=numbered)
+        loader = dataset.loader(BATCH, prepare=numbered, steps=9)
         trainer.fit(module, train_dataloaders=loader, ckpt_path=resume)
         return module.net, trainer
 
