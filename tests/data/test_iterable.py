@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import textwrap
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from pipeline.data.reader import Dataset, Sample
 from pipeline.errors import ConfigError, DataError
 from tests import small_data
 
+README = Path(__file__).parents[2] / "README.md"
 SAMPLES, BATCH = 97, 12
 
 
@@ -162,6 +165,41 @@ def test_in_transformers_trainer(dataset: Dataset, tmp_path: Path) -> None:
     whole, first, second = train("whole", 9), train("parts", 4), train("parts", 9, resume=True)
     assert whole.seen == numbers(dataset.loader(BATCH, prepare=numbered), 9) == first.seen + second.seen
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_the_examples_of_the_readme_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, with smaller numbers; what each adds to is made here."""
+    lightning = pytest.importorskip("lightning")
+    import transformers
+
+    section = README.read_text().partition("## In another loop\n")[2].partition("\n## ")[0]
+    code = textwrap.dedent("\n".join(line for line in section.splitlines() if line.startswith("    ") or not line))
+    assert code.count("photos.loader(256, ") == 3
+    monkeypatch.chdir(tmp_path)
+    for name in ("CUDA_VISIBLE_DEVICES", "WANDB_MODE"):
+        monkeypatch.setenv(name, "disabled" if name == "WANDB_MODE" else "")
+    (tmp_path / "data/photos").mkdir(parents=True)
+    (tmp_path / "data/photos/train").symlink_to(folder)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Linear()
+
+        def training_step(self, batch: dict[str, torch.Tensor], at: int) -> torch.Tensor:
+            return self.net(**batch)["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    model, module = Linear(), Module()
+    names = {"pipeline": pipeline, "torch": torch, "itertools": itertools, "transformers": transformers}
+    names |= {"lightning": lightning, "prepare": numbered, "model": model, "module": module}
+    exec(code.replace("256", str(BATCH)).replace("1000", "9"), names)
+    with pipeline.open_dataset(folder) as dataset:
+        expected = numbers(dataset.loader(BATCH, prepare=numbered), 10)
+    assert names["state"]["step"] == 9 and model.seen == module.net.seen == expected[:9]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning: advice, and a torch of before

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import source
-from pipeline.data.pack import cut, pack_images
+from pipeline.data import parallel, source
+from pipeline.data.pack import cut, pack, pack_images
 from pipeline.data.pieces import end, piece
 from pipeline.data.work import work_folder
 from pipeline.data.writer import Packing
@@ -84,6 +84,13 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", small, *arguments], check=True, stdout=subprocess.DEVNULL)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert nothing_else_in(tmp_path, "in.jsonl", "out", "whole")
+
+
+def test_processes_give_what_threads_give(animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "UNIT_BYTES", 2000)
+    pack(animals, tmp_path / "here", Packing(holdout=4, min_shards=3))
+    pack(animals, tmp_path / "there", Packing(holdout=4, min_shards=3), mapping=parallel.processes(2))
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
 
 
 @pytest.mark.parametrize("stage", ["read", "write train", "write test"])
