@@ -71,18 +71,25 @@ FieldOption = Annotated[
 ]
 KeyOption = Annotated[str | None, typer.Option(rich_help_panel="Tables", help="Column of the keys; else numbers.")]
 FilesOption = Annotated[
-    Path | None, typer.Option(rich_help_panel="Tables", help="Folder of paths in columns; else the table's own.")
+    Path | None,
+    typer.Option(resolve_path=True, rich_help_panel="Tables", help="Folder of paths in columns; else the table's own."),
 ]
 OnlyOption = Annotated[
-    Path | None, typer.Option(rich_help_panel="Tars", help="File with the keys to take, one a line.")
+    Path | None, typer.Option(resolve_path=True, rich_help_panel="Tars", help="File with the keys to take, one a line.")
 ]
-LeaveOutOption = Annotated[Path | None, typer.Option(rich_help_panel="Tars", help="File with the keys not to take.")]
+LeaveOutOption = Annotated[
+    Path | None, typer.Option(resolve_path=True, rich_help_panel="Tars", help="File with the keys not to take.")
+]
+PrefixKeysOption = Annotated[
+    bool, typer.Option("--prefix-keys", rich_help_panel="Tars", help="Put the tar's name before its keys.")
+]
 ShapeOption = Annotated[
     str | None, typer.Option(rich_help_panel="Arrays", help="Of one image, if rows are flat: 28x28 or 32x32x3.")
 ]
 LabelOption = Annotated[End, typer.Option(rich_help_panel="Arrays", help="Column of the class, if it is in the rows.")]
 LabelsOption = Annotated[
-    Path | None, typer.Option(rich_help_panel="Arrays", help="File of the classes (.npy), if they are apart.")
+    Path | None,
+    typer.Option(resolve_path=True, rich_help_panel="Arrays", help="File of the classes (.npy), if they are apart."),
 ]
 ScaleOption = Annotated[
     float, typer.Option(rich_help_panel="Arrays", help="Multiplies the values, to make them 0 to 255.")
@@ -119,6 +126,7 @@ def pack(
     files: FilesOption = None,
     only: OnlyOption = None,
     leave_out: LeaveOutOption = None,
+    prefix_keys: PrefixKeysOption = False,
     shape: ShapeOption = None,
     label: LabelOption = End.last,
     labels: LabelsOption = None,
@@ -142,8 +150,16 @@ def pack(
     patterns, excluded = tuple(pattern or packer.PATTERNS), tuple(exclude or ())
     text = packer.Text(length, vocabulary, tokenizer, patterns=patterns, exclude=excluded)
     columns = packer.Columns(tuple(map(_member, field or ())), key, files)
-    chosen = _chosen(only, leave_out)
-    asked = kind.value if kind is not Kind.auto else "table" if field else "tars" if chosen.keys else None
+    chosen = _chosen(only, leave_out, prefix_keys)
+    asked = (
+        kind.value
+        if kind is not Kind.auto
+        else "table"
+        if field
+        else "tars"
+        if only or leave_out or prefix_keys
+        else None
+    )
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
         stack.enter_context(cli_data.goes_on())
@@ -176,13 +192,13 @@ def _say_packed(packed: Packed) -> None:
     terminal.say(f"  data: {{train: {packed.folder / 'train'}{sets}}}")
 
 
-def _chosen(only: Path | None, leave_out: Path | None) -> Chosen:
+def _chosen(only: Path | None, leave_out: Path | None, prefix: bool) -> Chosen:
     """Which samples of tars are taken."""
     from pipeline.data.tars import Chosen
 
     if only and leave_out:
         raise typer.BadParameter("give the keys to take or those to leave out, not both", param_hint="--only")
-    return Chosen(only or leave_out, without=leave_out is not None)
+    return Chosen(only or leave_out, leave_out is not None, prefix)
 
 
 def _member(text: str) -> tuple[str, str]:

@@ -10,7 +10,8 @@ each other, and another world size shares out the same global batches. Batches a
 DataLoader with workers each worker makes its share of the steps, and the DataLoader puts them back in order.
 
 What it gives up: with workers, or in a loop that fetches ahead (Lightning does when the loader has no `steps`), `step`
-does not count what was trained on; the loop's own count is the state then (`loader.step = ...`). Bad samples end the iteration; mixtures are for runs.
+does not count what was trained on; the loop's own count is the state then (`loader.step = ...`). Bad samples end the
+iteration; mixtures are for runs.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
             prepared.close()
 
     def __len__(self) -> int:
-        """Steps from the first to the last, wherever it is now; TypeError, as of any that has no length, without end."""
+        """Steps from the first to the last, wherever it is now; TypeError, as of any that has no end, without `steps`."""
         if self.steps is None:
             raise TypeError("a loader without `steps` has no end")
         return self.steps

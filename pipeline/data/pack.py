@@ -72,6 +72,8 @@ def pack(
     Killed or interrupted on its way, the same call goes on, and gives the bytes that it would have given undisturbed.
     """
     text = text or Text()
+    if mapping is not None:  # other machines have other working folders
+        source = source.absolute()
     kind = kind or detect(source, text.patterns)
     if kind == "text":
         return pack_text(source, out, packing, text, progress=progress)

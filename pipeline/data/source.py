@@ -46,7 +46,7 @@ class Source:
 
     units: read one by one by `read`.  classes: their names, when samples have a label.  beside: files that go beside
     the shards.  seen: what tells it from other sources, see `fingerprint`.  samples: how many, None when only reading
-    tells.
+    tells.  twins: how to mend keys that are not all different.
     """
 
     kind: str
@@ -59,6 +59,7 @@ class Source:
     classes: Sequence[str] | None = None
     beside: Mapping[str, bytes] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    twins: str = "rename one"
 
 
 def fingerprint(paths: Iterable[Path], options: Any) -> str:

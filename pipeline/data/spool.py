@@ -165,8 +165,7 @@ def _refuse_twins(spool: Spool, source: Source) -> None:
     if len(twins):
         key = spool.key(int(order[twins[0]]))
         raise DataError(
-            f"{source.place}: {len(twins)} {source.what} have the key of another, such as {key}; give a column whose "
-            "values are all different as the key, or none, and rows are numbered"
+            f"{source.place}: {len(twins)} {source.what} have the key of another, such as {key}; {source.twins}"
         )
 
 

@@ -82,6 +82,7 @@ def table_source(place: Path, columns: Columns, progress: Progress = silent) -> 
         read=partial(_read, columns),
         seen=fingerprint(files, ["table", columns.members, columns.key, columns.folder]),
         what="rows",
+        twins="give a column whose values are all different as the key, or none, and rows are numbered",
         classes=names or None,
         beside={"classes.json": json_bytes(names)} if names else {},
     )

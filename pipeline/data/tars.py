@@ -30,10 +30,14 @@ OF_TEXT = ("format", "vocab_size", "length", "eot_id", "lossless")  # what text.
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which samples are taken. keys: a file with a key a line.  without: those are left out instead of taken."""
+    """Which samples are taken. keys: a file with a key a line.  without: those are left out instead of taken.
+
+    prefix: put the tar's name before its keys, for tars that use the same ones.
+    """
 
     keys: Path | None = None
     without: bool = False
+    prefix: bool = False
 
 
 def tar_source(place: Path, chosen: Chosen) -> Source:
@@ -53,7 +57,8 @@ def tar_source(place: Path, chosen: Chosen) -> Source:
         place=place,
         units=grouped(files, [*there.values()]),
         read=partial(_read, chosen, indexed),
-        seen=fingerprint([*files, *lists], ["tars", chosen.without]),
+        seen=fingerprint([*files, *lists], ["tars", chosen.without, chosen.prefix]),
+        twins="put the names of the tars before their keys (--prefix-keys)",
         classes=json.loads(alongside["classes.json"]) if "classes.json" in alongside else None,
         beside=alongside,
         warnings=(f"{len(wanted):,} keys are {'left out' if chosen.without else 'taken'}",) if wanted else (),
@@ -97,7 +102,8 @@ def _read(chosen: Chosen, indexed: bool, files: Sequence[Path]) -> Iterator[Item
         for row in range(found.samples):
             key = found.key(row)
             if wanted is None or (key in wanted) is not chosen.without:
-                yield sample(tar, found, row, path)
+                item = sample(tar, found, row, path)
+                yield item._replace(key=f"{path.stem}/{key}") if chosen.prefix and isinstance(item, Item) else item
 
 
 def _segment(path: Path, indexed: bool) -> Segment:

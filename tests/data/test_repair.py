@@ -68,6 +68,17 @@ def test_tars_are_filtered_by_a_list(shards: Path, tmp_path: Path) -> None:
         pack(shards, tmp_path / "none", Packing(), kind="tars", chosen=Chosen(tmp_path / "keys"))
 
 
+def test_tars_that_use_the_same_keys(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_tar(tmp_path / "in" / f"{name}.tar", [("0.txt", name.encode()), ("1.txt", b"x")])
+    with pytest.raises(DataError, match=r"2 samples have the key of another, such as 0; put the names of the tars"):
+        pack(tmp_path / "in", tmp_path / "out", Packing())
+    pack(tmp_path / "in", tmp_path / "out", Packing(), chosen=Chosen(prefix=True))
+    found = contents(tmp_path / "out/train")
+    assert found.keys() == {"a/0", "a/1", "b/0", "b/1"} and found["b/0"] == {"txt": b"b"}
+
+
 def test_tars_that_are_damaged_are_not_packed(shards: Path, tmp_path: Path) -> None:
     flip(shards / "1.tar", b"sample 23")
     with pytest.raises(DataError, match=r"(?s)1 of 80 samples.*1\.tar, member 00023\.txt: .*data repair"):
