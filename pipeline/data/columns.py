@@ -71,8 +71,8 @@ class Columns:
 def missing(column: str, names: Sequence[str]) -> str:
     """What to say of a column that is not there."""
     near = difflib.get_close_matches(column, names, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"there is no column {column!r}{hint} There are: {', '.join(map(str, names))}".replace("' There", "'. There")
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"there is no column {column!r}{hint} There are: {', '.join(map(str, names))}"
 
 
 def extension_of(member: str) -> str:
@@ -159,7 +159,7 @@ def _class(value: Any, column: str, words: Mapping[str, int]) -> bytes:
             return b"%d" % words[str(value)]
         raise DataError(f"column {column} holds {value!r}, which is none of the {len(words)} classes")
     number = whole(value)
-    if number is None:
+    if number is None or not -(2**63) <= number < 2**63:
         raise DataError(f"column {column} holds {value!r}, neither a whole number nor one of the classes")
     return b"%d" % number
 
@@ -168,8 +168,10 @@ def whole(value: Any) -> int | None:
     """The whole number that a value is, or that its text says."""
     if isinstance(value, bool):
         return int(value)
-    if isinstance(value, int | float):
-        return int(value) if value == int(value) else None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
     if isinstance(value, str):
         text = value.strip()
         return int(text) if text.removeprefix("-").isdecimal() else None

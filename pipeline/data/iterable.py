@@ -95,7 +95,7 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
             prepared.close()
 
     def __len__(self) -> int:
-        """Steps from the first to the last, wherever it is now; TypeError, as of any that has no end, without `steps`."""
+        """Steps from the first to the last, wherever it is now. TypeError when there is no last one."""
         if self.steps is None:
             raise TypeError("a loader without `steps` has no end")
         return self.steps

@@ -31,7 +31,7 @@ from pipeline.data.spool import Spool
 from pipeline.data.table import table_source
 from pipeline.data.tars import Chosen, tar_source
 from pipeline.data.text import Text, pack_text
-from pipeline.data.work import put, work_folder
+from pipeline.data.work import put, refuse_existing, work_folder
 from pipeline.data.writer import (
     Packed,
     Packing,
@@ -48,6 +48,7 @@ from pipeline.data.writer import (
 from pipeline.errors import DataError
 
 Kind = Literal["images", "audio", "arrays", "table", "tars", "text"]
+CALLED = {"text": "text files", "audio": "sounds", "table": "tables"}
 UNEVEN = 1.1  # times the mean: shards of equal numbers that are larger than this are cut otherwise
 
 
@@ -71,6 +72,7 @@ def pack(
 
     Killed or interrupted on its way, the same call goes on, and gives the bytes that it would have given undisturbed.
     """
+    refuse_existing(out)  # before a long look at the source
     text = text or Text()
     if mapping is not None:  # other machines have other working folders
         source = source.absolute()
@@ -108,14 +110,12 @@ def detect(source: Path, patterns: Sequence[str] = PATTERNS) -> Kind:
         return "table"
     counts: dict[Kind, int] = {
         "images": sum(1 for _ in class_files(source, "images")),
-        "text files": len(find_files(source, patterns)),  # type: ignore[dict-item]
-        "sounds": sum(1 for _ in class_files(source, "audio")),  # type: ignore[dict-item]
-        "tables": len(table.table_files(source)),  # type: ignore[dict-item]
+        "text": len(find_files(source, patterns)),
+        "audio": sum(1 for _ in class_files(source, "audio")),
+        "table": len(table.table_files(source)),
         "tars": sum(1 for _ in source.glob("[!.]*.tar")),
     }
-    kinds: dict[str, Kind] = {"text files": "text", "sounds": "audio", "tables": "table"}
-    ranked = sorted(counts, key=lambda what: -counts[what])
-    first, second = ranked[:2]
+    first, second = sorted(counts, key=lambda kind: -counts[kind])[:2]
     if not counts[first]:
         raise DataError(
             f"{source} holds nothing to pack: no images as {source.name}/<class>/*.jpg|jpeg|png|webp, no sounds as "
@@ -124,10 +124,10 @@ def detect(source: Path, patterns: Sequence[str] = PATTERNS) -> Kind:
         )
     # a README beside the images, or a few icons among source files, leave no doubt
     if counts[second] * 10 > counts[first]:
-        both = " and ".join(f"{counts[what]} {what}" for what in counts if what in (first, second))
-        words = " or ".join(kinds.get(what, what) for what in counts if what in (first, second))
-        raise DataError(f"{source} holds {both}; say which to pack: {words}")
-    return kinds.get(first, first)
+        both = [kind for kind in counts if kind in (first, second)]
+        there = " and ".join(f"{counts[kind]} {CALLED.get(kind, kind)}" for kind in both)
+        raise DataError(f"{source} holds {there}; say which to pack: {' or '.join(both)}")
+    return first
 
 
 def pack_images(source: Path, out: Path, packing: Packing, *, progress: Progress = silent) -> Packed:

@@ -130,13 +130,17 @@ def _pieces(
         if isinstance(item, Bad):
             bad.append(item)
             continue
+        try:
+            made = piece(item.key, item.fields)
+        except DataError as error:
+            bad.append(Bad(f"{item.key[:40]}...", str(error)))
+            continue
         content = xxh3_64()
         for extension, data in item.fields.items():
             if extension != "cls":
                 content.update(data)
         if item.fields.keys() == {"cls"}:  # no content by which samples could be the same
             content.update(item.key.encode("utf-8", "surrogateescape"))
-        made = piece(item.key, item.fields)
         key, name = xxh3_64_intdigest(item.key.encode("utf-8", "surrogateescape")), name_hash(item.name or item.key)
         records.append((len(made), key, name, content.intdigest(), item.label))
         buffer += made
@@ -161,11 +165,11 @@ def _write(spool: Spool, shard: tuple[Path, np.ndarray]) -> int:
 def _refuse_twins(spool: Spool, source: Source) -> None:
     keys = spool.records["key"]
     order = np.argsort(keys, kind="stable")
-    twins = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-    if len(twins):
-        key = spool.key(int(order[twins[0]]))
+    alike = np.flatnonzero(keys[order][1:] == keys[order][:-1]).tolist()  # in 64 bits of them
+    twins = [key for i in alike if (key := spool.key(int(order[i]))) == spool.key(int(order[i + 1]))]
+    if twins:
         raise DataError(
-            f"{source.place}: {len(twins)} {source.what} have the key of another, such as {key}; {source.twins}"
+            f"{source.place}: {len(twins)} {source.what} have the key of another, such as {twins[0]}; {source.twins}"
         )
 
 

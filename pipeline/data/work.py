@@ -35,14 +35,13 @@ def work_folder(out: Path, plan: Mapping[str, Any]) -> Iterator[Work]:
     """A folder beside `out`, .OUT.packing, whose part `out` becomes OUT when the block ends well.
 
     What an earlier try with the same plan (what the result follows from) has left there is kept; what another one has
-    left is removed. It stays after a kill, Ctrl-C and a full disk, and is
-    removed when what is packed is at fault. Raises DataError when `out` exists (it is never overwritten), when another
-    process is at it, and for what the system refuses.
+    left is removed. The folder stays after a kill, Ctrl-C and a full disk, and is removed when the source is at fault.
+    Raises DataError when `out` exists (it is never overwritten), when another process is at it, and for what the
+    system refuses.
     """
     out = Path(os.path.abspath(out))
     folder = out.with_name(f".{out.name}.packing")
-    if out.exists() or out.is_symlink():
-        raise DataError(f"{out} exists already; choose another folder, or remove it first, to make this data set")
+    refuse_existing(out)
     descriptor, keep = -1, True
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +64,12 @@ def work_folder(out: Path, plan: Mapping[str, Any]) -> Iterator[Work]:
             shutil.rmtree(folder, ignore_errors=True)
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises DataError: nothing is ever overwritten."""
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{out} exists already; choose another folder, or remove it first, to make this data set")
 
 
 def _locked(folder: Path) -> int:

@@ -194,7 +194,7 @@ def test_the_examples_of_the_readme_run(folder: Path, tmp_path: Path, monkeypatc
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     model, module = Linear(), Module()
-    names = {"pipeline": pipeline, "torch": torch, "itertools": itertools, "transformers": transformers}
+    names: dict[str, Any] = {"pipeline": pipeline, "torch": torch, "itertools": itertools, "transformers": transformers}
     names |= {"lightning": lightning, "prepare": numbered, "model": model, "module": module}
     exec(code.replace("256", str(BATCH)).replace("1000", "9"), names)
     with pipeline.open_dataset(folder) as dataset:

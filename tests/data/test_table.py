@@ -168,6 +168,8 @@ CSV = "id,label,n\na,cat,1\nb,dog,x\n"
         (CSV + '"a,b,c\n', Columns(), "cannot be read: unexpected end of data"),
         (CSV + "a,cat,3\n", Columns(key="id"), "1 rows have the key of another, such as a; give a column"),
         (CSV + ".x,cat,3\n", Columns(key="id"), r"holds '.x', which cannot be a key"),
+        (f"id,label\n{'x' * 200},1\n", Columns(key="id"), "cannot be a member of a tar: .* give a shorter key"),
+        (f"label,n\n{'9' * 20},1\n", Columns(), "holds '9{20}', neither a whole number nor one of the classes"),
         ("id,id\n1,2\n", Columns(), "two columns of one name: id"),
         ("", Columns(), "is empty"),
         ("id,label\n", Columns(), "holds no rows"),
