@@ -1,4 +1,4 @@
-"""`millstream data`: index, verify, stats, preview, repair, merge, head; pack is in cli_pack.py.
+"""`millstream data`: index, verify, stats, preview, repair, merge, send, head; pack is in cli_pack.py.
 
 See cli.py for how commands are written.
 """
@@ -192,6 +192,26 @@ def merge(
         f"{out}: {merged.samples:,} samples in {merged.shards} shards, identity {merged.identity[:12]}", "bold"
     )
     terminal.say(f"Look at it with `millstream data stats {out}`, train on it with data.train={out}")
+
+
+@app.command(epilog="Example: millstream data send data/photos s3://bucket/photos")
+def send(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of indexed tar shards, or what `data pack` made.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where it shall be; any that fsspec knows.")],
+    threads: Annotated[int, typer.Option(min=1, help="Files sent at a time.")] = 8,
+) -> None:
+    """Copy a data set to an object store; its index goes last, so that it is found whole or not at all.
+
+    When it is stopped, the same command goes on where it was.
+    """
+    from pipeline import terminal
+    from pipeline.data import send as sender
+
+    with terminal.progress() as progress, goes_on():
+        sent = sender.send(folder, url, threads, progress)
+    terminal.say(
+        f"sent {sent.files} files, {terminal.size(sent.bytes)}, to {url}" if sent.files else f"{url} has it all", "bold"
+    )
 
 
 @app.command(epilog="Example: millstream data head data/photos/train fox/0007 --to looked-at")

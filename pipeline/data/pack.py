@@ -6,7 +6,7 @@ Text becomes rows of tokens on a way of its own (text.py). Class names go beside
 numbers into them. Shards get equal numbers of samples, which after shuffling is nearly equal bytes; where it is not,
 shards are cut between equal numbers and equal bytes.
 
-What it gives up: writing to a URL; pack into a folder, and copy that.
+What it gives up: writing to a URL; pack into a folder, and `millstream data send` that.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def pack(
 
     Killed or interrupted on its way, the same call goes on, and gives the bytes that it would have given undisturbed.
     """
+    if ":/" in out.as_posix():
+        raise DataError(f"{out} is a URL; pack into a folder, then `millstream data send FOLDER URL`")
     refuse_existing(out)  # before a long look at the source
     text = text or Text()
     if mapping is not None:  # other machines have other working folders
