@@ -117,7 +117,7 @@ def detect(source: Path, patterns: Sequence[str] = PATTERNS) -> Kind:
         "table": len(table.table_files(source)),
         "tars": sum(1 for _ in source.glob("[!.]*.tar")),
     }
-    first, second = sorted(counts, key=lambda kind: -counts[kind])[:2]
+    first, second = sorted(counts, key=counts.__getitem__, reverse=True)[:2]
     if not counts[first]:
         raise DataError(
             f"{source} holds nothing to pack: no images as {source.name}/<class>/*.jpg|jpeg|png|webp, no sounds as "
@@ -162,7 +162,7 @@ def pack_source(
             for written in spool.write(found, shards, threads):
                 done += written
                 progress(f"write {name}", done, len(numbers))
-            build_index(folder, mapping or map)
+            build_index(folder, mapping or map, progress)
             for file, content in source.beside.items():
                 put(folder / file, [content])
             _write_card(folder, source, found.records["label"][numbers], packing, warnings)

@@ -5,7 +5,8 @@ on a list. All others keep their bytes and their order. The result is another da
 `data.train` must name it, and a run that has begun with the old one needs --new-order.
 
 OUT/left_out.json has every sample that is missing, and why. What it gives up: the samples of a shard whose tar is gone,
-or of which neither the index nor the headers can be read, are counted but not named.
+or of which neither the index nor the headers can be read, are counted but not named. Memory holds a shard for each
+process.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pipeline.data.source import Bad, Item
 from pipeline.data.storage import Folder, map_file
 from pipeline.data.tars import beside, keys_of, sample
 from pipeline.data.work import json_bytes, link, put, sync, work_folder
-from pipeline.data.writer import Progress, ended, silent
+from pipeline.data.writer import Progress, build_index, ended, silent
 from pipeline.errors import DataError
 
 LEFT_OUT = "left_out.json"
@@ -81,7 +82,8 @@ def repair(
             raise DataError(
                 f"{folder}: none of its {old.samples} samples is good; bring good copies of its shards back"
             )
-        new = index.build(work.out)
+        build_index(work.out, mapping, progress)
+        new = index.open_index(work.out)
         for name, content in beside(folder).items():
             put(work.out / name, [content])
         put(work.out / LEFT_OUT, [json_bytes([bad._asdict() for bad in found])])

@@ -1,4 +1,4 @@
-"""A data set from its folder to any URL that fsspec knows, such as s3://bucket/photos: found there whole, or not at all.
+"""A data set from its folder to any URL that fsspec knows, such as s3://bucket/photos: found there whole or not at all.
 
 A store has no rename, so the index is the commit: its root is sent when everything else is there. Before the first file
 a note is left at the URL (SENDING) that says which data set is on its way; so what was stopped goes on with the files

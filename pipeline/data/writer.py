@@ -21,6 +21,7 @@ from pipeline.data import index
 from pipeline.data.parallel import Mapping as Over
 from pipeline.data.pieces import end, piece
 from pipeline.data.root import ROOT
+from pipeline.data.storage import find_shards
 from pipeline.data.work import json_bytes, put
 from pipeline.errors import DataError
 
@@ -139,7 +140,7 @@ def write_split(
             put(path, ended(_reported(chosen, f"write {folder.name}", first, count, progress)))
             done = last
         progress(f"write {folder.name}", done, count)
-    build_index(folder)
+    build_index(folder, progress=progress)
 
 
 def shard_count(samples: int, size: float, packing: Packing) -> int:
@@ -152,10 +153,16 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{folder.name}-{shard:06d}.tar"
 
 
-def build_index(folder: Path, mapping: Over = map) -> None:
+def build_index(folder: Path, mapping: Over = map, progress: Progress = silent) -> None:
     """Index the shards of a split, unless that is done."""
-    if not (folder / ROOT).exists():
-        index.commit(folder, index.scan(folder, mapping))
+    if (folder / ROOT).exists():
+        return
+    shards, done, total = [], 0, sum(find_shards(folder).values())
+    for shard in index.scan(folder, mapping):
+        shards.append(shard)
+        done += shard.bytes
+        progress(f"index {folder.name}", done, total)
+    index.commit(folder, shards)
 
 
 def ended(chunks: Iterable[bytes | bytearray]) -> Iterator[bytes | bytearray]:
