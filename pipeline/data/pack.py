@@ -48,7 +48,7 @@ from pipeline.data.writer import (
 from pipeline.errors import DataError
 
 Kind = Literal["images", "audio", "arrays", "table", "tars", "text"]
-CALLED = {"text": "text files", "audio": "sounds", "table": "tables"}
+CALLED: dict[Kind, str] = {"text": "text files", "audio": "sounds", "table": "tables"}
 UNEVEN = 1.1  # times the mean: shards of equal numbers that are larger than this are cut otherwise
 
 
@@ -126,7 +126,7 @@ def detect(source: Path, patterns: Sequence[str] = PATTERNS) -> Kind:
         )
     # a README beside the images, or a few icons among source files, leave no doubt
     if counts[second] * 10 > counts[first]:
-        both = [kind for kind in counts if kind in (first, second)]
+        both: list[Kind] = [kind for kind in counts if kind in (first, second)]
         there = " and ".join(f"{counts[kind]} {CALLED.get(kind, kind)}" for kind in both)
         raise DataError(f"{source} holds {there}; say which to pack: {' or '.join(both)}")
     return first

@@ -132,7 +132,7 @@ def _json_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(str(line, "utf-8"))
+            row = json.loads(_text(number, line))
         except ValueError as error:
             raise DataError(f"line {number} is no JSON: {error}") from error
         if not isinstance(row, dict):
@@ -142,17 +142,30 @@ def _json_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv_rows(piece: Piece, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     names = names_of(piece.path)
-    lines = (str(line, "utf-8") for _, line in _lines(piece))
+    lines = (_text(number, line) for number, line in _lines(piece))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     if not piece.first:
         next(reader)  # the names
-    for cells in reader:
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"line {piece.row + reader.line_num}: {error}") from error
+        if cells is None:
+            return
         number = piece.row + reader.line_num
         if not cells:  # an empty line
             continue
         if len(cells) != len(names):
             raise DataError(f"line {number} has {len(cells)} columns, the first line has {len(names)}")
         yield number, dict(zip(names, cells))
+
+
+def _text(number: int, line: bytes) -> str:
+    try:
+        return str(line, "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"line {number} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:

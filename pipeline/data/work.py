@@ -67,8 +67,11 @@ def work_folder(out: Path, plan: Mapping[str, Any]) -> Iterator[Work]:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises DataError: nothing is ever overwritten."""
+    """Raises DataError when something is there: nothing is ever overwritten."""
     if out.exists() or out.is_symlink():
+        left = out.with_name(f".{out.name}.packing")
+        if left.is_dir() and not (left / "out").exists():  # by a kill after the last rename
+            shutil.rmtree(left, ignore_errors=True)
         raise DataError(f"{out} exists already; choose another folder, or remove it first, to make this data set")
 
 

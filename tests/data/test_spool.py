@@ -137,6 +137,14 @@ def test_what_is_left_of_another_packing_is_not_used(animals: Path, tmp_path: Pa
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_kill_at_the_very_end_leaves_nothing_for_long(animals: Path, tmp_path: Path) -> None:
+    pack_images(animals, tmp_path / "out", Packing())
+    (tmp_path / ".out.packing" / "spool").mkdir(parents=True)
+    with pytest.raises(DataError, match="exists already"):
+        pack_images(animals, tmp_path / "out", Packing())
+    assert nothing_else_in(tmp_path, "animals", "out")
+
+
 def test_two_packings_into_one_place_do_not_mix(animals: Path, tmp_path: Path) -> None:
     with work_folder(tmp_path / "out", {}), pytest.raises(DataError, match="is being written already"):
         pack_images(animals, tmp_path / "out", Packing())

@@ -165,7 +165,7 @@ CSV = "id,label,n\na,cat,1\nb,dog,x\n"
         (CSV, Columns((("jpg", "id"),)), r"(?s)2 of 2 rows .* line 2: column id: .*/a cannot be read \(No such file"),
         (CSV, Columns((("npy", "label"),)), r"column label: .*/cat cannot be read"),
         (CSV + "a,b\n", Columns(), "line 4 has 2 columns, the first line has 3"),
-        (CSV + '"a,b,c\n', Columns(), "cannot be read: unexpected end of data"),
+        (CSV + '"a,b,c\n', Columns(), "line 4: unexpected end of data"),
         (CSV + "a,cat,3\n", Columns(key="id"), "1 rows have the key of another, such as a; give a column"),
         (CSV + ".x,cat,3\n", Columns(key="id"), r"holds '.x', which cannot be a key"),
         (f"id,label\n{'x' * 200},1\n", Columns(key="id"), "cannot be a member of a tar: .* give a shorter key"),
@@ -192,13 +192,14 @@ def test_what_does_not_fit_is_said(tmp_path: Path, content: str, columns: Column
     ("line", "message"),
     [
         ("{", "line 2 is no JSON"),
+        ("\udcff", "line 2 is not UTF-8"),
         ("[1]", "line 2 is list, not an object"),
         ('{"text": 3}', "line 2: column text holds int, not text"),
         ('{"other": 3}', "line 2: there is no column 'text'"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "t.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "good"}\n' + line.encode("utf-8", "surrogateescape") + b"\n")
     with pytest.raises(DataError, match=message):
         pack(tmp_path / "t.jsonl", tmp_path / "out", Packing(), kind="table", columns=Columns((("txt", "text"),)))
 
