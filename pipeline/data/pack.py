@@ -12,6 +12,7 @@ What it gives up: writing to a URL; pack into a folder, and `millstream data sen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -219,4 +220,5 @@ def _write_card(folder: Path, source: Source, labels: np.ndarray, packing: Packi
         known = labels[(labels >= 0) & (labels < len(source.classes))]
         counts = np.bincount(known, minlength=len(source.classes)).tolist()
         facts["classes"] = dict(zip(source.classes, counts))
-    write_card(folder, source.kind, source.place, packing, {**facts, "warnings": warnings})
+    licensed = replace(packing, licence=packing.licence or source.licence)
+    write_card(folder, source.kind, source.place, licensed, {**facts, "warnings": warnings})

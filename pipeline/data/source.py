@@ -46,7 +46,7 @@ class Source:
 
     units: read one by one by `read`.  classes: their names, when samples have a label.  beside: files that go beside
     the shards.  seen: what tells it from other sources, see `fingerprint`.  samples: how many, None when only reading
-    tells.  twins: how to mend keys that are not all different.
+    tells.  twins: how to mend keys that are not all different.  licence: that comes with it.
     """
 
     kind: str
@@ -60,6 +60,7 @@ class Source:
     beside: Mapping[str, bytes] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     twins: str = "rename one"
+    licence: str | None = None
 
 
 def fingerprint(paths: Iterable[Path], options: Any) -> str:

@@ -30,7 +30,7 @@ OF_TEXT = ("format", "vocab_size", "length", "eot_id", "lossless")  # what text.
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which samples are taken. keys: a file with a key a line.  without: those are left out instead of taken.
+    """Which samples are taken. keys: a file with a key, as in the tars, a line.  without: take all but those.
 
     prefix: put the tar's name before its keys, for tars that use the same ones.
     """
@@ -51,7 +51,9 @@ def tar_source(place: Path, chosen: Chosen) -> Source:
     files = [place / name for name in there]
     lists = [chosen.keys] if chosen.keys else []
     alongside = beside(place)
-    wanted = keys_of(chosen.keys) if chosen.keys else None
+    if chosen.keys:
+        keys_of(chosen.keys)  # says so when there are none
+    card = json.loads((place / "card.json").read_bytes()) if (place / "card.json").is_file() else {}
     return Source(
         kind="tars",
         place=place,
@@ -61,7 +63,7 @@ def tar_source(place: Path, chosen: Chosen) -> Source:
         twins="put the names of the tars before their keys (--prefix-keys)",
         classes=json.loads(alongside["classes.json"]) if "classes.json" in alongside else None,
         beside=alongside,
-        warnings=(f"{len(wanted):,} keys are {'left out' if chosen.without else 'taken'}",) if wanted else (),
+        licence=card.get("licence"),
     )
 
 

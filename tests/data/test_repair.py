@@ -33,6 +33,7 @@ def shards(tmp_path: Path) -> Path:
     for number in range(4):
         write_tar(folder / f"{number}.tar", samples(20, 20 * number))
     index.build(folder)
+    (folder / "card.json").write_text(json.dumps({"licence": "CC0-1.0"}))
     (folder / "classes.json").write_text(json.dumps([f"class {i}" for i in range(10)]))
     return folder
 
@@ -50,7 +51,8 @@ def test_tars_are_packed_again(shards: Path, tmp_path: Path, indexed: bool) -> N
     assert train | test == before and list(train) != sorted(train)
     assert len(index.open_index(tmp_path / "out/train").shards) == 7
     card = json.loads((tmp_path / "out/train/card.json").read_text())
-    assert sum(card["classes"].values()) == 70 and len(read_by_webdataset(tmp_path / "out/train")) == 70
+    assert sum(card["classes"].values()) == 70 and card["licence"] == "CC0-1.0"
+    assert len(read_by_webdataset(tmp_path / "out/train")) == 70
 
 
 def test_tars_are_filtered_by_a_list(shards: Path, tmp_path: Path) -> None:
