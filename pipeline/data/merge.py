@@ -7,7 +7,6 @@ read one behind the other, and only shuffled as blocks; to mix by weight, name b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from pipeline.data import root
 from pipeline.data.index import Index, open_index, read_segment
 from pipeline.data.root import ROOT, Shard
-from pipeline.data.work import json_bytes, link, put, work_folder
+from pipeline.data.work import json_bytes, link, put, read_json, work_folder
 from pipeline.data.writer import Progress, silent
 from pipeline.errors import DataError
 
@@ -89,7 +88,7 @@ def _refuse_different(sets: Sequence[Path]) -> None:
                     f"{folder} and {sets[0]} have different {name}: the same number would mean two things; pack both "
                     "with the same one"
                 )
-    facts = [_json(folder / "text.json") for folder in sets]
+    facts = [read_json(folder / "text.json") for folder in sets]
     for folder, found in zip(sets, facts):
         for fact in OF_TEXT:
             if found.get(fact) != facts[0].get(fact):
@@ -99,14 +98,14 @@ def _refuse_different(sets: Sequence[Path]) -> None:
 
 
 def _text(sets: Sequence[Path]) -> dict[str, Any]:
-    facts = [_json(folder / "text.json") for folder in sets]
+    facts = [read_json(folder / "text.json") for folder in sets]
     summed = {name: sum(found[name] for found in facts) for name in SUMMED if all(name in found for found in facts)}
     return {**facts[0], "lossless": all(found.get("lossless") for found in facts), **summed, "xz_bytes": None}
 
 
 def _card(sets: Sequence[Path], opened: Sequence[Index]) -> dict[str, Any]:
     """Where everything comes from: the cards of all sets."""
-    cards = [_json(folder / "card.json") for folder in sets]
+    cards = [read_json(folder / "card.json") for folder in sets]
     licences = sorted({str(card["licence"]) for card in cards if card.get("licence")})
     parts = [{"identity": one.identity, "samples": one.samples, "card": card} for one, card in zip(opened, cards)]
     facts: dict[str, Any] = {
@@ -119,10 +118,3 @@ def _card(sets: Sequence[Path], opened: Sequence[Index]) -> dict[str, Any]:
         facts["classes"] = {name: sum(card["classes"].get(name, 0) for card in cards) for name in cards[0]["classes"]}
     source = ", ".join(folder.resolve().name for folder in sets)
     return {**facts, "source": source, "licence": ", ".join(licences) or None, "parts": parts}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path} is not readable JSON ({error}); remove it, or pack the data set again") from error

@@ -31,7 +31,7 @@ from pipeline.data.segment import Segment, open_segment, scan_tar
 from pipeline.data.source import Bad, Item
 from pipeline.data.storage import Folder, map_file
 from pipeline.data.tars import beside, keys_of, sample
-from pipeline.data.work import json_bytes, link, put, sync, work_folder
+from pipeline.data.work import json_bytes, link, put, read_json, sync, work_folder
 from pipeline.data.writer import Progress, build_index, ended, silent
 from pipeline.errors import DataError
 
@@ -151,8 +151,7 @@ def _undecodable(item: Item) -> str | None:
 
 def _card(folder: Path, old: Index, new: Index, left_out: list[LeftOut]) -> dict[str, object]:
     """The card of the old one, with what is different now."""
-    path = folder / "card.json"
-    card: dict[str, object] = json.loads(path.read_bytes()) if path.is_file() else {"format": 1}
+    card = {"format": 1, **read_json(folder / "card.json")}
     card["samples"] = new.samples
     if isinstance(classes := card.get("classes"), dict):
         labels = [new.segment(shard).values("cls") for shard in range(len(new.shards))]

@@ -9,7 +9,6 @@ What it gives up: several splits at once; each is packed by itself, or held out 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 from pipeline.data.columns import Columns, distinct, members_of
 from pipeline.data.rows import DELIMITERS, SUFFIXES, Piece, cut, names_of, rows, unit
 from pipeline.data.source import Bad, Item, Source, fingerprint, grouped, plain_keys, unit_bytes
-from pipeline.data.work import json_bytes
+from pipeline.data.work import json_bytes, read_json
 from pipeline.data.writer import Progress, silent
 from pipeline.errors import DataError
 
@@ -91,24 +90,17 @@ def table_source(place: Path, columns: Columns, progress: Progress = silent) -> 
 def _saved(place: Path) -> tuple[list[Path], dict[str, list[str]]]:
     """The files of a folder that `datasets` wrote, and the names of the classes of columns that have some."""
     if not (place / SAVED).is_file():
-        splits = _json(place / SAVED_SPLITS).get("splits", [])
+        splits = read_json(place / SAVED_SPLITS).get("splits", [])
         each = ", ".join(str(place / split) for split in splits)
         raise DataError(f"{place} holds several data sets; pack each by itself: {each}")
-    listed = [entry.get("filename", "") for entry in _json(place / SAVED).get("_data_files", [])]
+    listed = [entry.get("filename", "") for entry in read_json(place / SAVED).get("_data_files", [])]
     files = [place / name for name in listed]
     if not files or not all(path.is_file() for path in files):
         raise DataError(f"{place / SAVED} tells of files that are not there; copy the whole folder again")
-    info = place / "dataset_info.json"
-    features = (_json(info).get("features") or {}) if info.is_file() else {}
+
+    features = read_json(place / "dataset_info.json").get("features") or {}
     typed = {column: feature for column, feature in features.items() if isinstance(feature, dict)}
     return files, {c: feature["names"] for c, feature in typed.items() if feature.get("_type") == "ClassLabel"}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def _column(pieces: Sequence[Piece], sizes: Sequence[int], column: str, progress: Progress) -> Iterator[Any]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
@@ -21,7 +20,7 @@ from pipeline.data.root import ROOT
 from pipeline.data.segment import Segment, open_segment, scan_tar
 from pipeline.data.source import Bad, Item, Source, fingerprint, grouped
 from pipeline.data.storage import Folder, find_shards, map_file
-from pipeline.data.work import json_bytes
+from pipeline.data.work import json_bytes, read_json
 from pipeline.errors import DataError
 
 BESIDE = ("classes.json", "tokenizer.json")
@@ -53,7 +52,6 @@ def tar_source(place: Path, chosen: Chosen) -> Source:
     alongside = beside(place)
     if chosen.keys:
         keys_of(chosen.keys)  # says so when there are none
-    card = json.loads((place / "card.json").read_bytes()) if (place / "card.json").is_file() else {}
     return Source(
         kind="tars",
         place=place,
@@ -63,15 +61,14 @@ def tar_source(place: Path, chosen: Chosen) -> Source:
         twins="put the names of the tars before their keys (--prefix-keys)",
         classes=json.loads(alongside["classes.json"]) if "classes.json" in alongside else None,
         beside=alongside,
-        licence=card.get("licence"),
+        licence=read_json(place / "card.json").get("licence"),
     )
 
 
 def beside(place: Path) -> dict[str, bytes]:
     """What lies beside the shards and holds for any of their samples."""
     found = {name: (place / name).read_bytes() for name in BESIDE if (place / name).is_file()}
-    if (text := place / "text.json").is_file():
-        facts: dict[str, Any] = json.loads(text.read_bytes())
+    if facts := read_json(place / "text.json"):
         found["text.json"] = json_bytes({name: facts[name] for name in OF_TEXT if name in facts})
     return found
 

@@ -140,3 +140,14 @@ def link(source: Path, target: Path, copy: bool = False) -> None:
             return
     with open(source, "rb") as file:
         put(target, iter(lambda: file.read(COPY_BYTES), b""))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty when there is no file. DataError when it holds none."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}); remove it, or copy it again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds {type(found).__name__}, not an object; remove it, or copy it again")
+    return found
