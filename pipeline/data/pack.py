@@ -12,6 +12,7 @@ What it gives up: writing to a URL; pack into a folder, and `millstream data sen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import pairwise
@@ -147,9 +148,11 @@ def pack_source(
     source: Source, out: Path, packing: Packing, mapping: Mapping | None = None, progress: Progress = silent
 ) -> Packed:
     """Spool a source, then write it into OUT/train and OUT/test; see `pack`."""
-    with work_folder(out, plan(packing, source.seen)) as work:
-        threads = parallel.threads(packing.threads)
-        found = spool.gather(source, work.folder / "spool", mapping or threads, progress)
+    threads = parallel.threads(packing.threads)
+    with (
+        work_folder(out, plan(packing, source.seen)) as work,
+        closing(spool.gather(source, work.folder / "spool", mapping or threads, progress)) as found,
+    ):
         mask = lowest(found.records["name"], packing.holdout, source.what)
         warnings = [*source.warnings, *_remarks(source, found, mask, packing.holdout)]
         samples: dict[str, int] = {}

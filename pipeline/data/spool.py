@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from pipeline.data import storage
 from pipeline.data.parallel import Mapping
 from pipeline.data.pieces import piece
 from pipeline.data.segment import split_name
@@ -48,17 +48,22 @@ class Part(NamedTuple):
 class Spool:
     """All samples of a source, in its order. records: RECORD[n].
 
-    Sample i's piece is bytes [begins[i], begins[i] + bytes) of file parts[part_of[i]].
+    Sample i's piece is bytes [begins[i], begins[i] + bytes) of file parts[part_of[i]]. The files are open until it is
+    closed; they are not mapped, since what is mapped counts as memory of the process.
     """
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = [part for part in parts if part.samples]
         columns = [np.load(_records(part.path), allow_pickle=False) for part in self.parts]
-        self.records = np.concatenate(columns) if columns else np.zeros(0, RECORD)
+        self.records = np.concatenate(columns)
         self.part_of = np.repeat(np.arange(len(columns), dtype=np.int32), [len(column) for column in columns])
         sizes = [column["bytes"].astype(np.int64) for column in columns]
-        self.begins = np.concatenate([np.cumsum(size) - size for size in sizes]) if columns else np.zeros(0, np.int64)
-        self._maps = [storage.map_file(part.path) for part in self.parts]
+        self.begins = np.concatenate([np.cumsum(size) - size for size in sizes])
+        self._files = [os.open(part.path, os.O_RDONLY | os.O_CLOEXEC) for part in self.parts]
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
 
     def __len__(self) -> int:
         return len(self.records)
@@ -69,23 +74,28 @@ class Spool:
         ends = np.cumsum(sizes)
         parts, begins = self.part_of[numbers], self.begins[numbers]
         tar = bytearray(int(ends[-1]))
+        view = memoryview(tar)
         there = np.lexsort((begins, parts))
         columns = (column[there].tolist() for column in (parts, begins, sizes, ends))
         for part, begin, size, at in zip(*columns):
-            tar[at - size : at] = self._maps[part][begin : begin + size]
+            while size:
+                read = os.preadv(self._files[part], [view[at - size : at]], begin)
+                if not read:
+                    raise DataError(f"{self.parts[part].path} was cut while it was read; pack again")
+                size, begin = size - read, begin + read
         return tar
 
     def key(self, number: int) -> str:
         """Of one sample, from its first header."""
         begin = int(self.begins[number])
-        header = bytes(self._maps[self.part_of[number]][begin : begin + 512])
+        header = os.pread(self._files[self.part_of[number]], 512, begin)
         name, prefix = (header[a:b].partition(b"\0")[0].decode("utf-8", "replace") for a, b in ((0, 100), (345, 500)))
         member = f"{prefix}/{name}" if prefix else name
         return (split_name(member) or (member,))[0]
 
 
 def gather(source: Source, folder: Path, mapping: Mapping, progress: Progress) -> Spool:
-    """Read every unit that is not in `folder` yet. Raises DataError naming the samples that are bad."""
+    """Read every unit that is not in `folder` yet. Raises DataError naming the samples that are bad. To be closed."""
     folder.mkdir(exist_ok=True)
     work = ((source.read, unit, folder / f"{number:06d}") for number, unit in enumerate(source.units))
     parts: list[Part] = []
@@ -101,10 +111,14 @@ def gather(source: Source, folder: Path, mapping: Mapping, progress: Progress) -
         raise DataError(
             f"{len(bad)} of {total} {source.what} in {source.place} are bad; mend or remove them:\n  {listed}"
         )
-    spool = Spool(parts)
-    if not len(spool):
+    if not sum(part.samples for part in parts):
         raise DataError(f"{source.place} holds no {source.what}, nothing is left to pack")
-    _refuse_twins(spool, source)
+    spool = Spool(parts)
+    try:
+        _refuse_twins(spool, source)
+    except DataError:
+        spool.close()
+        raise
     return spool
 
 
