@@ -7,6 +7,7 @@ import shlex
 import sys
 from contextlib import ExitStack
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -160,22 +161,12 @@ def pack(
         if only or leave_out or prefix_keys
         else None
     )
+    packed_by = partial(packer.pack, source, out, packing, kind=asked, arrays=arrays, text=text)
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
         stack.enter_context(cli_data.goes_on())
         mapping = stack.enter_context(cli_data.mapping(workers, address)) if workers or address else None
-        packed = packer.pack(
-            source,
-            out,
-            packing,
-            kind=asked,
-            arrays=arrays,
-            text=text,
-            columns=columns,
-            chosen=chosen,
-            mapping=mapping,
-            progress=progress,
-        )
+        packed = packed_by(columns=columns, chosen=chosen, mapping=mapping, progress=progress)
     _say_packed(packed)
 
 

@@ -2,9 +2,9 @@
 
     units of a source -> one file of pieces (pieces.py) each, with a RECORD a sample -> shards in any order
 
-So a source need not be readable at random, and memory holds a shard for each thread and a RECORD of 40 bytes for each
-sample, whatever the samples are. A file of the spool is whole or absent, and what is there is not read again; its
-content follows from the unit alone, so threads, processes and machines, and kills on the way, change nothing.
+So a source need not be readable at random, and memory holds a shard for each thread and some 160 bytes for each sample,
+whatever the samples are. A file of the spool is whole or absent, and what is there is not read again; its content
+follows from the unit alone, so threads, processes and machines, and kills on the way, change nothing.
 
 A shard's pieces are read in the order in which they lie in the spool.
 
