@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as ending:
         if ending.code == INTERRUPTED:
-            typer.echo("\nstopped; nothing half-made is left", err=True)
+            typer.echo("\nstopped; no file is half-written", err=True)
         raise
 
 

@@ -1,4 +1,7 @@
-"""`millstream data`: pack, index, verify, stats, preview. See cli.py for how commands are written."""
+"""`millstream data`: index, verify, stats, preview, repair, merge, send, head; pack is in cli_pack.py.
+
+See cli.py for how commands are written.
+"""
 
 from __future__ import annotations
 
@@ -8,98 +11,24 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import cli_pack
+
 if TYPE_CHECKING:
     from pipeline.data.parallel import Mapping
-    from pipeline.data.writer import Packed
 
 app = typer.Typer(no_args_is_help=True)
-
-
-class Kind(Enum):
-    """What raw files are."""
-
-    auto = "auto"
-    images = "images"
-    arrays = "arrays"
-    text = "text"
-
-
-class End(Enum):
-    """A column of a table."""
-
-    first = "first"
-    last = "last"
 
 
 @app.callback(epilog="Example: millstream data pack photos/ data/photos --holdout 0.1")
 def data() -> None:
     """Pack, index, verify and look at data sets."""
-    # Asked to end, by a person or by a scheduler, a data command clears away what is half-made before it goes.
+    # Asked to end by a scheduler, a data command does as by Ctrl-C: it keeps what is done, and says so.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-@app.command(epilog="Example: millstream data pack photos/ data/photos --holdout 0.1 --licence CC-BY-4.0")
-def pack(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images by class or of text; or a file.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; gets train/ and, with --holdout, test/.")],
-    kind: Annotated[Kind, typer.Option(help="What the raw files are.")] = Kind.auto,
-    holdout: Annotated[float, typer.Option(min=0, help="For test/: below 1 a share, from 1 on a number.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
-    shard_mb: Annotated[float, typer.Option(min=0.001, help="Size of a shard in MB (10^6 bytes), about.")] = 32.0,
-    threads: Annotated[int, typer.Option(min=1, help="Files read at a time; the result is the same.")] = os.cpu_count()
-    or 1,
-    licence: Annotated[str | None, typer.Option(help="Of the source; kept in card.json.")] = None,
-    shape: Annotated[
-        str | None, typer.Option(rich_help_panel="Arrays", help="Of one image, if rows are flat: 28x28 or 32x32x3.")
-    ] = None,
-    label: Annotated[
-        End, typer.Option(rich_help_panel="Arrays", help="Column of the class, if it is in the rows.")
-    ] = End.last,
-    labels: Annotated[
-        Path | None, typer.Option(rich_help_panel="Arrays", help="File of the classes (.npy), if they are apart.")
-    ] = None,
-    scale: Annotated[
-        float, typer.Option(rich_help_panel="Arrays", help="Multiplies the values, to make them 0 to 255.")
-    ] = 1.0,
-    tokenizer: Annotated[
-        Path | None, typer.Option(rich_help_panel="Text", help="tokenizer.json to use; without it one is trained.")
-    ] = None,
-    vocabulary: Annotated[
-        int, typer.Option(min=257, rich_help_panel="Text", help="Tokens of the tokenizer that is trained.")
-    ] = 8192,
-    length: Annotated[int, typer.Option(min=1, rich_help_panel="Text", help="Tokens predicted per sample.")] = 512,
-    pattern: Annotated[
-        list[str] | None, typer.Option(rich_help_panel="Text", help="Files to take, such as '*.py'; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(rich_help_panel="Text", help="Files or folders to leave out; may be repeated.")
-    ] = None,
-) -> None:
-    """Pack raw files into indexed WebDataset shards, ready to train on."""
-    from pipeline import terminal
-    from pipeline.data import pack as packer
-
-    packing = packer.Packing(
-        holdout=holdout,
-        seed=seed,
-        shard_bytes=round(shard_mb * 1e6),
-        threads=threads,
-        licence=licence,
-        command=shlex.join(["millstream", *sys.argv[1:]]),
-    )
-    arrays = packer.Arrays(shape=_shape(shape), label=label.value, labels=labels, scale=scale)
-    patterns, excluded = tuple(pattern or packer.PATTERNS), tuple(exclude or ())
-    text = packer.Text(length, vocabulary, tokenizer, patterns=patterns, exclude=excluded)
-    asked = None if kind is Kind.auto else kind.value
-    with terminal.progress() as progress:
-        packed = packer.pack(source, out, packing, kind=asked, arrays=arrays, text=text, progress=progress)
-    _say_packed(packed)
 
 
 @app.command(epilog="Example: millstream data index data/photos/train")
@@ -124,8 +53,8 @@ def index(
     if before:
         terminal.say(f"going on: {before} of {len(sizes)} shards were scanned before")
     try:
-        with terminal.progress() as progress, _mapping(workers, address) as mapping:
-            for shard in indexer.scan(folder, mapping):
+        with terminal.progress() as progress, mapping(workers, address) as over:
+            for shard in indexer.scan(folder, over):
                 shards.append(shard)
                 done += shard.bytes
                 progress("index", done, total)
@@ -213,8 +142,102 @@ def preview(
         terminal.say(f"drew {sheet}")
 
 
+@app.command(epilog="Example: millstream data repair data/photos/train data/photos/good")
+def repair(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder, for the data set without them.")],
+    drop: Annotated[Path | None, typer.Option(help="File of keys to leave out too, one a line.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+) -> None:
+    """Write a data set without the samples whose bytes changed or do not decode; the list is in OUT/left_out.json.
+
+    Good shards are linked, not copied. When it is stopped, the same command goes on where it was.
+    """
+    from pipeline import terminal
+    from pipeline.data import repair as repairer
+    from pipeline.data.parallel import processes
+
+    with terminal.progress() as progress, goes_on():
+        repaired = repairer.repair(folder, out, drop, processes(workers), progress)
+    for left in repaired.left_out[:10]:
+        terminal.warn(f"left out {left.key or f'{left.samples} samples of {left.shard}'}: {left.why}")
+    count = sum(left.samples for left in repaired.left_out)
+    if count:
+        terminal.say(f"left out {count:,} samples, listed in {out / repairer.LEFT_OUT}")
+    anew = f"{repaired.rewritten} shards written anew"
+    terminal.say(f"{out}: {repaired.samples:,} samples, identity {repaired.identity[:12]}, {anew}", "bold")
+    terminal.say(f"Train on it with data.train={out}; a run that has begun goes on with --new-order")
+
+
+@app.command(epilog="Example: millstream data merge data/photos/train data/more/train data/both")
+def merge(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Indexed folders, and at the end OUT.")],
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the shards; by default they are linked.")] = False,
+) -> None:
+    """Make one data set over the shards of several, in OUT, a new folder; no shard is read.
+
+    When it is stopped, the same command goes on where it was.
+    """
+    from pipeline import terminal
+    from pipeline.data import merge as merger
+
+    *sets, out = folders
+    with terminal.progress() as progress, goes_on():
+        merged = merger.merge(sets, out, copy, progress)
+    for warning in merged.warnings:
+        terminal.warn(warning)
+    if merged.renamed:
+        terminal.say("shards have the number of their set before their names, which met or were out of order")
+    terminal.say(
+        f"{out}: {merged.samples:,} samples in {merged.shards} shards, identity {merged.identity[:12]}", "bold"
+    )
+    terminal.say(f"Look at it with `millstream data stats {out}`, train on it with data.train={out}")
+
+
+@app.command(epilog="Example: millstream data send data/photos s3://bucket/photos")
+def send(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of indexed tar shards, or what `data pack` made.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where it shall be; any that fsspec knows.")],
+    threads: Annotated[int, typer.Option(min=1, help="Files sent at a time.")] = 8,
+) -> None:
+    """Copy a data set to an object store; its index goes last, so that it is found whole or not at all.
+
+    When it is stopped, the same command goes on where it was.
+    """
+    from pipeline import terminal
+    from pipeline.data import send as sender
+
+    with terminal.progress() as progress, goes_on():
+        sent = sender.send(folder, url, threads, progress)
+    terminal.say(
+        f"sent {sent.files} files, {terminal.size(sent.bytes)}, to {url}" if sent.files else f"{url} has it all", "bold"
+    )
+
+
+@app.command(epilog="Example: millstream data head data/photos/train fox/0007 --to looked-at")
+def head(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Of the sample, as `data preview` shows it.")],
+    to: Annotated[Path | None, typer.Option(help="Folder that gets its members as files.")] = None,
+) -> None:
+    """Show one sample: where it lies and what is in it; with --to, write its members to a folder."""
+    from pipeline import terminal
+    from pipeline.data import head as finder
+    from pipeline.data.preview import describe
+    from pipeline.data.reader import open_dataset
+
+    with open_dataset(folder) as dataset:
+        sample = finder.find(dataset, key)
+        shard = dataset.index.shards.name(dataset.index.locate(sample.number)[0])
+        terminal.say(f"sample {sample.number} of {len(dataset):,}, in {shard}")
+        for line in describe(folder, sample):
+            terminal.say(line)
+        for path in finder.write(sample, to) if to else ():
+            terminal.say(f"wrote {path}")
+
+
 @contextmanager
-def _mapping(workers: int, address: str | None) -> Iterator[Mapping]:
+def mapping(workers: int, address: str | None) -> Iterator[Mapping]:
     """Who works through the shards: processes here, or a Ray cluster."""
     from pipeline.data.parallel import processes
 
@@ -223,30 +246,19 @@ def _mapping(workers: int, address: str | None) -> Iterator[Mapping]:
         return
     from pipeline.cluster import tasks
 
-    with tasks.connected(address) as mapping:
-        yield mapping
+    with tasks.connected(address) as over:
+        yield over
 
 
-def _say_packed(packed: Packed) -> None:
-    """What was made, and what to do next."""
-    from pipeline import terminal
-
-    for warning in packed.warnings:
-        terminal.warn(warning)
-    counts = ", ".join(f"{packed.folder / split} {count:,} samples" for split, count in packed.samples.items())
-    terminal.say(f"packed {counts}", style="bold")
-    sets = ", evaluate: {test: " + str(packed.folder / "test") + "}" if "test" in packed.samples else ""
-    terminal.say(f"Look at it with `millstream data preview {packed.folder / 'train'}`; in a configuration it is")
-    terminal.say(f"  data: {{train: {packed.folder / 'train'}{sets}}}")
-
-
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    """`28x28` as (28, 28)."""
-    if text is None:
-        return None
+@contextmanager
+def goes_on() -> Iterator[None]:
+    """Says on Ctrl-C that nothing is lost."""
     try:
-        return tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS", param_hint="--shape"
-        ) from None
+        yield
+    except KeyboardInterrupt:
+        command = shlex.join(["millstream", *sys.argv[1:]])
+        typer.echo(f"\nwhat is done is kept, and the same command goes on from there: {command}", err=True)
+        raise
+
+
+app.command(epilog="Example: millstream data pack photos/ data/photos --holdout 0.1 --licence CC-BY-4.0")(cli_pack.pack)

@@ -53,6 +53,13 @@ def test_exports_stand_beside_save_pretrained(tmp_path: Path) -> None:
     assert all(float(row[3].replace(",", "")) > 100 and row[4].startswith("MISSED") for row in rows[::2])  # toy files
 
 
+@pytest.mark.slow
+def test_packing_stands_beside_webdataset(tmp_path: Path) -> None:
+    rows = cells(script("packing.py", "--samples 500 --workers 1 --repeats 1", tmp_path))
+    assert [row[:3] for row in rows] == [[what, "1", "500"] for what in ("millstream", "webdataset")]
+    assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[3:])
+
+
 @pytest.mark.root
 @pytest.mark.slow
 def test_a_fault_stands_beside_a_cold_start(tmp_path: Path) -> None:

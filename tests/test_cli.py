@@ -75,11 +75,11 @@ def commands() -> list[list[str]]:
 
 def test_the_commands_are_these() -> None:
     expected = (
-        "checkpoint, checkpoint diff, checkpoint export, checkpoint list, checkpoint prune, checkpoint "
-        "upload, checkpoint verify, dashboard, data, data index, data pack, data preview, data stats, data "
-        "verify, evaluate, report, resume, runs, submit, submit k8s, submit logs, submit ray, submit resume, submit "
-        "slurm, submit status, submit stop, sweep, track, track repair, track status, track sync, train, "
-        "verify-resume"
+        "checkpoint, checkpoint diff, checkpoint export, checkpoint list, checkpoint prune, checkpoint upload, "
+        "checkpoint verify, dashboard, data, data head, data index, data merge, data pack, data preview, data repair, "
+        "data send, data stats, data verify, evaluate, report, resume, runs, submit, submit k8s, submit logs, submit "
+        "ray, submit resume, submit slurm, submit status, submit stop, sweep, track, track repair, track status, "
+        "track sync, train, verify-resume"
     )
     assert ", ".join(sorted(" ".join(words) for words in commands())[1:]) == expected
 
@@ -185,6 +185,25 @@ def test_verify_names_a_flipped_bit(millstream: Run, project: Path) -> None:
     assert done.code == 1 and shard.name in done.out and "1 damaged" in done.out and "all good" not in done.out
 
 
+def test_data_sets_are_made_of_others(millstream: Run, project: Path) -> None:
+    rows = "".join(f"k{i},{'dog' if i % 2 else 'cat'},row {i}\n" for i in range(40))
+    Path("in.csv").write_text("id,label,text\n" + rows)
+    columns = ["--field", "cls=label", "--field", "txt=text", "--key", "id"]
+    assert millstream("data", "pack", "in.csv", "made", "--holdout", "10", *columns).code == 0
+    wrong = millstream("data", "pack", "in.csv", "other", "--field", "cls=lable")
+    assert wrong.code == 1 and "no column 'lable'; did you mean 'label'?" in wrong.err
+    assert millstream("data", "pack", "in.csv", "other", "--field", "label").code == 2
+    Path("keys").write_text("k1\nk2\nk3\n")
+    both = millstream("data", "merge", "made/train", "made/test", "both")
+    assert both.code == 0 and "both: 40 samples in 8 shards" in both.out
+    part = millstream("data", "pack", "both", "part", "--only", "keys", "--no-shuffle")
+    assert part.code == 0 and "part/train 3 samples" in part.out
+    shown = millstream("data", "head", "both", "k7", "--to", "looked")
+    assert shown.code == 0 and "cls: 1 (dog)" in shown.out and Path("looked/k7.txt").read_text() == "row 7"
+    good = millstream("data", "repair", "both", "good", "--drop", "keys", "--workers", "1")
+    assert good.code == 0 and "left out k1: its key is on" in good.err and "good: 37 samples" in good.out
+
+
 @pytest.mark.parametrize("wrong", ["8", "8xx8", "x", "8x8x3x1x1"])
 def test_a_shape_that_is_none(millstream: Run, project: Path, wrong: str) -> None:
     done = millstream("data", "pack", digits(project / "digits.npy", 4), "made", "--shape", wrong)
@@ -192,18 +211,24 @@ def test_a_shape_that_is_none(millstream: Run, project: Path, wrong: str) -> Non
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_pack_leaves_nothing(project: Path, stop: signal.Signals) -> None:
+def test_a_stopped_pack_goes_on(project: Path, stop: signal.Signals) -> None:
     digits(project / "digits.npy", 60_000)
-    (project / "out").mkdir()
     pack = [*MILLSTREAM, "data", "pack", "digits.npy", "out/many", "--shape", "8x8"]
     process = subprocess.Popen(pack, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list((project / "out").iterdir()):
+    work = project / "out/.many.packing"
+    while len(list(work.glob("spool/*.json"))) < 1:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(stop)
     _, err = process.communicate()
-    assert process.returncode == 130 and err.strip() == "stopped; nothing half-made is left"
-    assert list((project / "out").iterdir()) == []
+    assert process.returncode == 130 and "Traceback" not in err
+    command = "millstream data pack digits.npy out/many --shape 8x8"
+    kept = f"what is done is kept, and the same command goes on from there: {command}"
+    assert err.split("\n") == ["", kept, "", "stopped; no file is half-written", ""]
+    assert [path.name for path in (project / "out").iterdir()] == [work.name]
+    done = subprocess.run(pack, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "out/many/train 60,000 samples" in done.stdout
+    assert [path.name for path in (project / "out").iterdir()] == ["many"]
 
 
 def test_checkpoints_are_listed_and_verified(millstream: Run, project: Path) -> None:

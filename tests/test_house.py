@@ -53,7 +53,10 @@ LAYERS = [
     ["train"],
     ["cluster", "submit", "track.page", "verify_resume"],
     ["cli", "terminal", "__init__", "__main__"]
-    + [f"cli_{name}" for name in ("checkpoint", "data", "export", "report", "resume", "submit", "sweep", "track")],
+    + [
+        f"cli_{name}"
+        for name in ("checkpoint", "data", "export", "pack", "report", "resume", "submit", "sweep", "track")
+    ],
 ]
 FENCES = {
     "ray": ["cluster", "submit"],

@@ -196,7 +196,7 @@ def test_a_stop_leaves_nothing_behind(pictures: Path, stop: signal.Signals) -> N
         process.send_signal(stop)
         time.sleep(0.05)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and output.rstrip().endswith("nothing half-made is left"), output
+    assert process.returncode == 130 and output.rstrip().endswith("no file is half-written"), output
     assert not (folder / "runs").exists() and processes_of(folder) == []
     assert not [path for path in started if path.exists()]
 

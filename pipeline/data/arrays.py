@@ -1,4 +1,4 @@
-"""Images kept as rows of an array or a table -> pixels and classes in memory.
+"""Images kept as rows of an array or a table -> pixels and classes in memory -> PNG, which loses nothing.
 
 A file is read whole (.npy, .npz without pickle, .csv, .csv.gz), the class is taken from a column or from a file of
 its own, and the rest of each row becomes one image. Nothing is guessed about the range of the values: they must be
@@ -11,17 +11,23 @@ from __future__ import annotations
 import gzip
 import io
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
+from pipeline.data.source import UNITS, Item, Source, fingerprint
+from pipeline.data.work import json_bytes
 from pipeline.errors import DataError
 
 SUFFIXES = (".npy", ".npz", ".csv", ".csv.gz")
 IMAGE_NAMES = ("images", "x", "X", "data")
 LABEL_NAMES = ("labels", "y", "target", "targets")
+UNIT_BYTES = 4 << 20  # of pixels, about, that are made PNG by one thread at a time
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,61 @@ class Arrays:
     label: Literal["last", "first"] = "last"  # the column of the class, when the classes are not elsewhere
     labels: Path | None = None  # an .npy of its own for the classes
     scale: float = 1.0  # multiplies the values, which must then be whole and 0 to 255
+
+
+def array_source(place: Path, arrays: Arrays) -> Source:
+    """The rows of an array or table as {row number}.png and .cls. Raises DataError as `read_arrays` does."""
+    files = [place] if arrays.labels is None else [place, arrays.labels]
+    try:
+        seen = fingerprint(files, ["arrays", arrays.shape, arrays.label, arrays.scale])
+    except OSError as error:
+        raise DataError(f"{place} cannot be read: {error}") from error
+    pixels, _, distinct = _loaded(place, arrays, seen)
+    renumbered: tuple[str, ...] = ()
+    if not np.array_equal(distinct, np.arange(len(distinct))):
+        renumbered = (
+            f"the {len(distinct)} classes are numbered {distinct[0]} to {distinct[-1]} in {place.name} and 0 to "
+            f"{len(distinct) - 1} in the shards; classes.json keeps the numbers of the source as names",
+        )
+    count = len(pixels)
+    rows = max(1, UNIT_BYTES // pixels[0].nbytes, count // UNITS)
+    classes = [str(value) for value in distinct]
+    return Source(
+        kind="arrays",
+        place=place,
+        units=[range(first, min(first + rows, count)) for first in range(0, count, rows)],
+        read=partial(_read, place, arrays, seen),
+        seen=seen,
+        what="images",
+        samples=count,
+        classes=classes,
+        beside={"classes.json": json_bytes(classes)},
+        warnings=renumbered,
+    )
+
+
+def _read(place: Path, arrays: Arrays, seen: str, rows: range) -> Iterator[Item]:
+    pixels, labels, _ = _loaded(place, arrays, seen)
+    for i in rows:
+        yield Item(f"{i:08d}", {"png": _png(pixels[i]), "cls": b"%d" % labels[i]}, label=int(labels[i]))
+
+
+@lru_cache(maxsize=1)  # once in a process, whichever unit is read
+def _loaded(place: Path, arrays: Arrays, seen: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, for each image its place among the classes, and the classes as the source numbers them.
+
+    seen: the fingerprint of the files, so that changed ones are read again.
+    """
+    pixels, values = read_arrays(place, arrays)
+    distinct, labels = np.unique(values, return_inverse=True)
+    return pixels, labels, distinct
+
+
+def _png(image: np.ndarray) -> bytes:
+    """PNG bytes of uint8[height, width] or [height, width, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def read_arrays(source: Path, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:

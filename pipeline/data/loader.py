@@ -79,7 +79,7 @@ class Loader:
         self._skipped, self._next_step = skipped, skipped.next(start_step)
         self._speeds, self._read = SlowShards(), set[str]()  # of the shards; those of the last step
 
-        planned = _Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
+        planned = Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
         steps = (step for step in count(start_step) if not skipped.window(step))
         plans = (partial(planned.rows, step, j) for step in steps for j in self._own)
         depth = max(prefetch, len(self._own))
@@ -124,7 +124,7 @@ class Loader:
         self.close()
 
 
-class _Planned:
+class Planned:
     """The rows of micro batches to come, for several steps at a time. Threads share it."""
 
     def __init__(self, order: Order, fill: Fill, own: range, micro_batch: int, start_step: int, looks_up: bool) -> None:

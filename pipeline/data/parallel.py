@@ -1,6 +1,7 @@
-"""Do one thing to many items, in several processes, and have the results in the order of the items.
+"""Do one thing to many items, in several processes or threads, and have the results in the order of the items.
 
-Whoever works through shards takes a Mapping: Python's own `map`, `processes(n)`, or one that runs on other machines.
+Whoever works through shards takes a Mapping: Python's own `map`, `processes(n)`, `threads(n)`, or one that runs on
+other machines.
 Only a few items are under way at a time, so a million of them need no memory.
 """
 
@@ -12,7 +13,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
@@ -30,6 +31,11 @@ def processes(workers: int) -> Mapping:
     return map if workers <= 1 else partial(_over_processes, workers)
 
 
+def threads(count: int) -> Mapping:
+    """A Mapping over so many threads, for functions that mostly wait or do without the GIL; this one when it is 1."""
+    return map if count <= 1 else partial(_over_threads, count)
+
+
 def ahead(submit: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
     """`submit(item)` of every item, in order, the next `depth` of them submitted already."""
     waiting: deque[Any] = deque()
@@ -38,6 +44,16 @@ def ahead(submit: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Ite
         if len(waiting) > depth:
             yield waiting.popleft()
     yield from waiting
+
+
+def _over_threads(count: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    pool = ThreadPoolExecutor(count)
+    try:
+        futures: Iterator[Future[Any]] = ahead(partial(pool.submit, function), items, count)
+        for future in futures:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _over_processes(workers: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

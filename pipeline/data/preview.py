@@ -40,6 +40,12 @@ def preview(folder: Path | str, count: int = 4) -> str:
     return "\n".join(parts)
 
 
+def describe(folder: Path, sample: Sample) -> list[str]:
+    """A line for each field of one sample."""
+    show = _Show(folder)
+    return [f"{field}: {show.field(sample, field)}" for field in sample.fields]
+
+
 def write_sheet(folder: Path | str, out: Path | str, count: int = 64) -> None:
     """Write `count` samples, spread evenly, as one file: a picture (.png, images only) or a page (.html).
 

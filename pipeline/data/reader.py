@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -27,6 +27,9 @@ from pipeline.data.index import Index, open_index
 from pipeline.data.segment import Field, Segment
 from pipeline.data.slow import Reads
 from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from pipeline.data.iterable import Batches
 
 MAX_MAPPED = 256  # shards at once; each holds two file descriptors, of which a process often has 1,024
 RETRY_SECONDS = (0.1, 0.5, 2.0)  # pauses before a file that could not be opened is tried again
@@ -159,6 +162,21 @@ class Dataset:
         """The sample with this number (from 0). IndexError when there is none, DataError when its shard changed."""
         shard, row = self.index.locate(number)
         return Sample(number, row, self.mapped(shard), self)
+
+    def loader(self, batch_size: int, **options: Any) -> Batches:
+        """The batches of one rank as an IterableDataset of torch, with exact state; see iterable.py.
+
+        batch_size: samples of all ranks together.  rank, world_size: whose share this is.  prepare: (sample, rng) ->
+        {name: array}, alike for all samples; by default every field, decoded.  gather: `prepare` of a whole batch, see
+        fill.py.  augment: whether `prepare` draws from `rng`, which follows from seed, epoch and sample.  seed: of the
+        order.  steps: after which it ends, None: never.  lanes, shuffle_blocks: see order.py.  threads, prefetch: who
+        makes batches ahead, and how many; they change nothing in them.
+
+        Raises ConfigError for numbers that cannot work together.
+        """
+        from pipeline.data.iterable import Batches
+
+        return Batches(self, batch_size, **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the same folder for itself."""

@@ -4,7 +4,8 @@ Files become documents, documents are held out, a byte-level BPE tokenizer is tr
 each split becomes one stream: end-of-text, document, end-of-text, document, ... Row i holds tokens [i * length, i *
 length + length], one more than `length`: inputs are row[:-1], targets row[1:], and each token of the stream but the
 very first is predicted exactly once. The stream lies in a scratch file while rows are shuffled, so memory holds a
-group of documents, not the corpus.
+group of documents, not the corpus. Killed on its way, packing goes on with the tokenizer, streams and shards that are
+there.
 
 text.json beside the shards has what bits per byte are computed from, and what `xz -9` makes of the held-out text.
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.corpus import PATTERNS, Corpus, look_through
+from pipeline.data.corpus import PATTERNS, Corpus, find_files, look_through
+from pipeline.data.source import fingerprint
+from pipeline.data.work import Work, put, work_folder
 from pipeline.data.writer import (
     MEMBER_BYTES,
     Packed,
@@ -31,8 +35,8 @@ from pipeline.data.writer import (
     Progress,
     common,
     held_out,
-    new_folder,
     permutation,
+    plan,
     silent,
     write_card,
     write_json,
@@ -71,7 +75,10 @@ def pack_text(source: Path, out: Path, packing: Packing, text: Text, *, progress
     """
     if text.length < 1:
         raise DataError(f"rows of {text.length} tokens cannot be; give a length of at least 1")
-    with new_folder(out) as folder:
+    if text.tokenizer and not text.tokenizer.exists():
+        raise DataError(f"no tokenizer at {text.tokenizer}; give a tokenizer.json or a folder that holds one")
+    read = [*find_files(source, text.patterns, text.exclude), *([text.tokenizer] if text.tokenizer else [])]
+    with work_folder(out, plan(packing, fingerprint(read, asdict(text)))) as work:
         corpus, warnings = look_through(source, text.patterns, text.exclude, text.field, progress)
         if packing.holdout and len(corpus.names) == 1:
             raise DataError(
@@ -79,9 +86,7 @@ def pack_text(source: Path, out: Path, packing: Packing, text: Text, *, progress
             )
         mask = held_out(corpus.names, packing.holdout, "documents")
         warnings += common(corpus.digests, mask, "documents")
-        tokenizer = (
-            load_tokenizer(text.tokenizer) if text.tokenizer else _train(corpus, ~mask, text.vocab_size, progress)
-        )
+        tokenizer = _tokenizer(work, corpus, ~mask, text, progress)
         facts: dict[str, Any] = {
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,
             "length": text.length,
@@ -97,8 +102,8 @@ def pack_text(source: Path, out: Path, packing: Packing, text: Text, *, progress
         parts = {"train": ~mask, "test": mask} if mask.any() else {"train": ~mask}
         rows = {}
         for name, chosen in parts.items():
-            rows[name] = _write_part(folder / name, corpus, chosen, tokenizer, facts, packing, warnings, progress)
-    return Packed(out, rows, tuple(warnings))
+            rows[name] = _write_part(work, name, corpus, chosen, tokenizer, facts, packing, warnings, progress)
+    return Packed(out, rows, (*work.warnings, *warnings))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -116,6 +121,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" spelled out in a document is text
     return tokenizer
+
+
+def _tokenizer(work: Work, corpus: Corpus, mask: np.ndarray, text: Text, progress: Progress) -> Tokenizer:
+    """The one that is given, or one of these documents, trained now or before a packing was stopped."""
+    path = text.tokenizer or work.folder / "tokenizer.json"
+    if not text.tokenizer and not path.exists():
+        put(path, [_train(corpus, mask, text.vocab_size, progress).to_str(pretty=True).encode()])
+    return load_tokenizer(path)
 
 
 def _train(corpus: Corpus, mask: np.ndarray, vocab_size: int, progress: Progress) -> Tokenizer:
@@ -142,7 +155,6 @@ def _train(corpus: Corpus, mask: np.ndarray, vocab_size: int, progress: Progress
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -170,7 +182,8 @@ def _is_lossless(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
 
 
 def _write_part(
-    folder: Path,
+    work: Work,
+    name: str,
     corpus: Corpus,
     mask: np.ndarray,
     tokenizer: Tokenizer,
@@ -180,8 +193,10 @@ def _write_part(
     progress: Progress,
 ) -> int:
     """Tokenize and write one split; how many rows it has."""
-    scratch = folder.with_suffix(".tokens")
-    stream, starts = _tokenize(scratch, corpus.texts(mask), int(mask.sum()), tokenizer, common_facts, progress)
+    folder = work.out / name
+    stream, starts = _tokenize(
+        work.folder / f"{name}.tokens", corpus.texts(mask), int(mask.sum()), tokenizer, common_facts, progress
+    )
     length = common_facts["length"]
     rows = -(-(len(stream) - 1) // length)
     if not rows:
@@ -190,7 +205,6 @@ def _write_part(
     sample_bytes = 2 * MEMBER_BYTES + (length + 1) * stream.itemsize + 2 * 128
     samples = ((f"{i:09d}", _row(stream, starts, int(i), length)) for i in order)
     write_split(folder, samples, rows, sample_bytes, packing, progress)
-    scratch.unlink()
     size_bytes = int(corpus.size_bytes[mask].sum())
     xz_bytes = None
     if folder.name == "test" and size_bytes <= XZ_LIMIT_BYTES:
@@ -228,20 +242,29 @@ def _npy(values: np.ndarray) -> bytes:
 def _tokenize(
     path: Path, texts: Iterator[str], count: int, tokenizer: Tokenizer, facts: dict[str, Any], progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write the stream of tokens to `path`: the stream as a memory map, int64[documents] where each document begins."""
-    dtype = np.uint16 if facts["vocab_size"] <= 1 << 16 else np.uint32
-    starts, total = array("q"), 0
-    with open(path, "wb") as file:
-        for group in _groups(texts):
-            pieces = tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-            for (begins, _), encoding in zip(group, pieces):
-                if begins:
-                    starts.append(total)
-                ids = np.array([facts["eot_id"]] * begins + encoding.ids, dtype=dtype)
-                file.write(ids.tobytes())
-                total += len(ids)
-            progress("tokenize", len(starts), count)
-    return np.memmap(path, dtype=dtype, mode="r", shape=(total,)), np.array(starts)
+    """Write the stream of tokens to `path`: the stream as a memory map, int64[documents] where each document begins.
+
+    Both are there already when a packing goes on.
+    """
+    dtype = np.dtype(np.uint16 if facts["vocab_size"] <= 1 << 16 else np.uint32)
+    begins_path = path.with_suffix(".starts.npy")
+    if not begins_path.exists():  # it is written last
+        starts, total = array("q"), 0
+        with open(path, "wb") as file:
+            for group in _groups(texts):
+                pieces = tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+                for (begins, _), encoding in zip(group, pieces):
+                    if begins:
+                        starts.append(total)
+                    ids = np.array([facts["eot_id"]] * begins + encoding.ids, dtype=dtype)
+                    file.write(ids.tobytes())
+                    total += len(ids)
+                progress("tokenize", len(starts), count)
+            file.flush()
+            os.fsync(file.fileno())
+        put(begins_path, [_npy(np.array(starts, np.int64))])
+    size = path.stat().st_size // dtype.itemsize
+    return np.memmap(path, dtype=dtype, mode="r", shape=(size,)), np.load(begins_path)
 
 
 def _groups(texts: Iterator[str]) -> Iterator[list[tuple[bool, str]]]:

@@ -1,30 +1,28 @@
-"""Writes a finished data set folder: shards, index and card, all or nothing.
+"""Writes a finished data set folder: shards, index and card, all or nothing, and again from where it stopped.
 
-A source (pack.py, text.py) says how many samples there are and yields them; here they are held out, put in order, cut
-into ordinary WebDataset tars, indexed and moved into place by one rename. The same source and options give the same
-bytes: tar headers carry no time, owner or permissions of this machine. Shards get equal numbers of samples, not equal
-bytes, which is the same thing after shuffling and needs no second pass over the samples.
+A source says how many samples there are and yields them; here they are held out, put in order, cut into ordinary
+WebDataset tars, indexed and moved into place by one rename (work.py). The same source and options give the same bytes,
+also when the packing was killed on its way: a shard is whole or absent, and those that are there are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
-import json
-import os
-import secrets
-import shutil
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.data import index
+from pipeline.data.parallel import Mapping as Over
+from pipeline.data.pieces import end, piece
+from pipeline.data.root import ROOT
+from pipeline.data.storage import find_shards
+from pipeline.data.work import json_bytes, put
 from pipeline.errors import DataError
 
 MEMBER_BYTES = 768  # a tar member beside its data: a header of 512, and padding to a block of 512, on average
@@ -60,34 +58,25 @@ def silent(stage: str, done: int, total: int) -> None:
     """The progress of a caller that shows none."""
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
-
-    Only a kill leaves it behind, as .OUT.partial-*. Raises DataError when `out` exists (it is never overwritten), and
-    for what the system refuses, such as a full disk.
-    """
-    out = Path(os.path.abspath(out))
-    if out.exists() or out.is_symlink():
-        raise DataError(f"{out} exists already; choose another folder, or remove it first, to pack this data set")
-    temporary = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, out)
-    except OSError as error:
-        raise DataError(f"packing into {out} failed: {error}; nothing was kept, mend it and pack again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def plan(packing: Packing, source: str) -> dict[str, Any]:
+    """All that the bytes of a data set follow from. source: its files, their sizes and times, how they are read."""
+    names = ("holdout", "seed", "shuffle", "shard_bytes", "min_shards")
+    options = {name: value for name, value in asdict(packing).items() if name in names}
+    return {"format": 1, "source": source, **options}
 
 
 def held_out(keys: Sequence[str], holdout: float, what: str = "samples") -> np.ndarray:
-    """Which of `keys` are held out for the test set: bool[n].
+    """Which of `keys` are held out for the test set: bool[n]; see `lowest`."""
+    return lowest(np.array([name_hash(key) for key in keys], np.uint64), holdout, what)
+
+
+def lowest(hashes: np.ndarray, holdout: float, what: str = "samples") -> np.ndarray:
+    """Which samples are held out for the test set: bool[n], from the hashes uint64[n] of their keys.
 
     Exactly round(holdout * n) of them (or `holdout` itself from 1 on): those whose key has the lowest hash. So the
     choice follows from the keys alone, and a sample keeps its side for as long as its neighbours in hash order stay.
     """
-    n = len(keys)
+    n = len(hashes)
     if holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
         raise DataError(f"holdout {holdout:g} is neither a share between 0 and 1 nor a whole number of {what}")
     count = int(holdout) if holdout >= 1 else round(holdout * n)
@@ -95,10 +84,14 @@ def held_out(keys: Sequence[str], holdout: float, what: str = "samples") -> np.n
         raise DataError(f"holdout {holdout:g} takes {count} of {n} {what} and leaves none to train on; hold out fewer")
     if holdout and not count:
         raise DataError(f"holdout {holdout:g} of {n} {what} is none; hold out a number of them, or pack more {what}")
-    hashes = [hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest() for key in keys]
     mask = np.zeros(n, dtype=bool)
-    mask[sorted(range(n), key=lambda i: (hashes[i], keys[i]))[:count]] = True
+    mask[np.argsort(hashes, kind="stable")[:count]] = True
     return mask
+
+
+def name_hash(name: str) -> int:
+    """64 bits that decide who is held out, from the name alone."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
 
 
 def splits(mask: np.ndarray, packing: Packing) -> dict[str, np.ndarray]:
@@ -132,36 +125,66 @@ def write_split(
     packing: Packing,
     progress: Progress,
 ) -> None:
-    """Write `count` samples (key, {extension: bytes}), of about `sample_bytes` each, into a new `folder`; index it."""
-    folder.mkdir()
-    wanted = max(packing.min_shards, int(np.ceil(count * sample_bytes / packing.shard_bytes)), 1)
-    shards = min(wanted, count)
-    done, stage = 0, f"write {folder.name}"
+    """Write `count` samples (key, {extension: bytes}), of about `sample_bytes` each, into a `folder`; index it.
+
+    Shards that are there already are kept, and their samples passed over.
+    """
+    folder.mkdir(exist_ok=True)
+    shards, done = shard_count(count, count * sample_bytes, packing), 0
     for shard in range(shards):
-        name = f"{folder.name}-{shard:06d}.tar"
-        with open(folder / name, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for _ in range((shard + 1) * count // shards - done):
-                    key, fields = next(samples)
-                    for extension, data in fields.items():
-                        add_member(tar, f"{key}.{extension}", data)
-                    done += 1
-                    progress(stage, done, count)
-            file.flush()
-            os.fsync(file.fileno())
-    index.build(folder)
+        path, first, last = shard_path(folder, shard), done, (shard + 1) * count // shards
+        chosen = islice(samples, last - first)
+        if path.exists():
+            done += sum(1 for _ in chosen)
+        else:
+            put(path, ended(_reported(chosen, f"write {folder.name}", first, count, progress)))
+            done = last
+        progress(f"write {folder.name}", done, count)
+    build_index(folder, progress=progress)
 
 
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add one member whose header depends on nothing but its name and size."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mtime, member.mode = len(data), 0, 0o644
-    tar.addfile(member, io.BytesIO(data))
+def shard_count(samples: int, size: float, packing: Packing) -> int:
+    """In how many shards `samples` samples of `size` bytes in all are written."""
+    return min(max(packing.min_shards, int(np.ceil(size / packing.shard_bytes)), 1), samples)
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Of one shard of a split."""
+    return folder / f"{folder.name}-{shard:06d}.tar"
+
+
+def build_index(folder: Path, mapping: Over = map, progress: Progress = silent) -> None:
+    """Index the shards of a split, unless that is done."""
+    if (folder / ROOT).exists():
+        return
+    shards, done, total = [], 0, sum(find_shards(folder).values())
+    for shard in index.scan(folder, mapping):
+        shards.append(shard)
+        done += shard.bytes
+        progress(f"index {folder.name}", done, total)
+    index.commit(folder, shards)
+
+
+def ended(chunks: Iterable[bytes | bytearray]) -> Iterator[bytes | bytearray]:
+    """A whole tar from pieces."""
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        yield chunk
+    yield end(size)
+
+
+def _reported(
+    samples: Iterable[tuple[str, Mapping[str, bytes]]], stage: str, first: int, count: int, progress: Progress
+) -> Iterator[bytes]:
+    for done, (key, fields) in enumerate(samples, first):
+        progress(stage, done, count)
+        yield piece(key, fields)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON for people: indented, UTF-8, a newline at the end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(value))
 
 
 def write_card(folder: Path, kind: str, source: Path, packing: Packing, facts: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Shards scanned by the tasks of a real Ray cluster: the same index, and errors as they were raised."""
+"""Shards scanned and packed by the tasks of a real Ray cluster: the same bytes, and errors as they were raised."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pipeline.cluster import ray, tasks
 from pipeline.data import damage
 from pipeline.data import index as indexer
 from pipeline.data.damage import ShardReport
+from pipeline.data.index import open_index
+from pipeline.data.pack import pack
+from pipeline.data.writer import Packing
 from pipeline.errors import DataError, RunError
 from tests import small_data
 from tests.small_tars import samples, write_tar
@@ -24,6 +27,7 @@ def test_shards_are_scanned_by_ray(tmp_path: Path):
     for number in range(5):
         write_tar(folder / f"{number}.tar", samples(6, 6 * number))
     identity = indexer.build(folder).identity
+    pack(folder, tmp_path / "here", Packing())
     pictures = small_data.images(tmp_path / "pictures")
     config = pipeline.load(small_data.config(tmp_path / "toy.yaml", RESNET, pictures))
     with ray.cluster(config, None):
@@ -32,6 +36,8 @@ def test_shards_are_scanned_by_ray(tmp_path: Path):
         assert all(isinstance(found, ShardReport) for found in damage.verify(folder, tasks.over_ray))
         pids = set(tasks.over_ray(process_of, range(4)))
         assert os.getpid() not in pids
+        pack(folder, tmp_path / "by ray", Packing(), mapping=tasks.over_ray)
+        assert open_index(tmp_path / "by ray/train").identity == open_index(tmp_path / "here/train").identity
         (folder / "3.tar").write_bytes(b"\x1f\x8b compressed")
         with pytest.raises(DataError, match=r"^\S*3\.tar: compressed \(gzip\).*[^\n]*$"):
             list(indexer.scan(folder, tasks.over_ray))

@@ -100,6 +100,28 @@ def test_packing_twice_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> Non
     assert a == b and len(a) > 20
 
 
+@pytest.mark.parametrize("stage", ["train tokenizer", "tokenize", "write train", "write test"])
+def test_a_stopped_packing_goes_on(corpus: Path, tmp_path: Path, stage: str) -> None:
+    options = Packing(holdout=3), Text(length=16, vocab_size=280)
+    pack_text(corpus, tmp_path / "whole", *options)
+    stages: list[str] = []
+
+    def interrupt(at: str, done: int, total: int) -> None:
+        if at == stage and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_text(corpus, tmp_path / "out", *options, progress=interrupt)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.packing").exists()
+    pack_text(corpus, tmp_path / "out", *options, progress=lambda at, done, total: stages.append(at))
+    assert ("train tokenizer" in stages) is (stage == "train tokenizer")
+    assert ("tokenize" in stages) is (stage != "write test")  # else the tokens of test are missing still
+    out, whole = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*.*")} for f in (tmp_path / "out", tmp_path / "whole")
+    )
+    assert out == whole and not (tmp_path / ".out.packing").exists()
+
+
 def test_the_tokenizer_sees_nothing_held_out(corpus: Path, tmp_path: Path) -> None:
     options = Packing(holdout=0.25), Text(length=32, vocab_size=300)
     pack_text(corpus, tmp_path / "before", *options)
