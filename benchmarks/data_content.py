@@ -104,8 +104,6 @@ def _write(folder: Path, size: str, photographs: Path | None) -> None:
 
 def _write_tars(folder: Path, shards: int, samples: int, maker: Callable[[int], tuple[dict[str, bytes], int]]) -> None:
     """`shards` tars of `samples` each, and where the samples lie."""
-    from pipeline.data.writer import add_member
-
     (folder / "tar").mkdir(parents=True)
     members, labels = [], []
     for shard in range(shards):
@@ -115,7 +113,9 @@ def _write_tars(folder: Path, shards: int, samples: int, maker: Callable[[int], 
                 members.append((shard, tar.offset + tarfile.BLOCKSIZE, len(next(iter(fields.values())))))
                 labels.append(label)
                 for extension, data in fields.items():
-                    add_member(tar, f"{number:08d}.{extension}", data)
+                    member = tarfile.TarInfo(f"{number:08d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
     np.save(folder / "members.npy", np.array(members, np.int64))
     np.save(folder / "labels.npy", np.array(labels, np.int64))
 
