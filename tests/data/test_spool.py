@@ -38,6 +38,7 @@ print(pack(Path(sys.argv[1]), Path(sys.argv[2]), packing, kind="table").samples)
 """
 
 
+@pytest.mark.slow
 def test_a_packing_that_is_killed_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = ({"text": "word " * int(rng.integers(1, 80)), "label": i % 7, "i": i} for i in range(12_000))
