@@ -86,9 +86,10 @@ class Scheduler:
         return found
 
     def close(self) -> None:
-        """Kill whatever runs."""
+        """Kill whatever runs, and wait for what ends by itself once that is gone, such as W&B's service."""
         for process in self.processes:
             verify_resume.end(process)
+        self.left()
 
     def _left(self) -> list[str]:
         found, mark = [], f"{MARK}={self._config}\0".encode()

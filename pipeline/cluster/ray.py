@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,37 +43,52 @@ def cluster(config: Config, address: str | None) -> Iterator[Mapping[str, float]
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     if address is None:
-        # A private cluster has a token of its own. Left alone, Ray writes one into the home folder for all.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # When memory runs out, end a worker: the policy since Ray 2.56 takes the board and the controller with it.
         os.environ.setdefault("RAY_worker_killing_policy_by_group", "1")
-    import ray
+    with nullcontext() if address else own_token():
+        import ray  # it reads at its import whether there are tokens
 
+        try:
+            if address is None:
+                cpus = config.cluster.workers * config.cluster.threads_per_worker + 1
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, cpus),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=100 * 2**20,
+                    _metrics_export_port=config.cluster.metrics_port,
+                    _temp_dir=scratch,
+                )
+            else:
+                nodes.reach(address)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise RunError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+        try:
+            yield ray.cluster_resources()
+        finally:
+            ray.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def own_token() -> Iterator[None]:
+    """A token for the private cluster of this block alone. Left alone, Ray writes one into the home folder, for all;
+    and one that stayed here would be sent to the clusters that this process asks later, in place of theirs.
+    """
+    ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
-        if address is None:
-            cpus = config.cluster.workers * config.cluster.threads_per_worker + 1
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, cpus),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=100 * 2**20,
-                _metrics_export_port=config.cluster.metrics_port,
-                _temp_dir=scratch,
-            )
-        else:
-            nodes.reach(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise RunError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
-    try:
-        yield ray.cluster_resources()
+        yield
     finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def lost_actor() -> tuple[type[BaseException], ...]:

@@ -21,7 +21,8 @@ from tests.small_tars import samples, write_tar
 from tests.test_train import RESNET
 
 
-def test_shards_are_scanned_by_ray(tmp_path: Path):
+def test_shards_are_scanned_by_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another cluster's")
     folder = tmp_path / "shards"
     folder.mkdir()
     for number in range(5):
@@ -41,6 +42,7 @@ def test_shards_are_scanned_by_ray(tmp_path: Path):
         (folder / "3.tar").write_bytes(b"\x1f\x8b compressed")
         with pytest.raises(DataError, match=r"^\S*3\.tar: compressed \(gzip\).*[^\n]*$"):
             list(indexer.scan(folder, tasks.over_ray))
+    assert os.environ["RAY_AUTH_TOKEN"] == "another cluster's" and "RAY_AUTH_MODE" not in os.environ
 
 
 def process_of(_: int) -> int:
