@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +30,23 @@ LEAST_SHARE = 0.05  # if it costs so much of a step;
 WAITING_SHARE = 0.1  # in waiting for data: so much of a step longer than the others
 
 
+T = TypeVar("T", float, np.ndarray)
+
+
+class Figures(NamedTuple, Generic[T]):
+    """What a rank tells the others of its step; or what all have told, each an array [R].
+
+    waited: seconds for samples.  digest: of the rows it was trained on.  computed: seconds before any collective.
+    host_bytes, gpu_bytes: what it holds.
+    """
+
+    waited: T
+    digest: T
+    computed: T
+    host_bytes: T
+    gpu_bytes: T
+
+
 class Pace:
     """The figures of all ranks in one attempt; made by all ranks together, kept by rank 0."""
 
@@ -40,18 +58,14 @@ class Pace:
         self._named: set[tuple[str, int]] = set()
         self._memory = np.zeros(len(self._hosts))  # bytes that each rank holds, on host and GPU together
 
-    def note(self, step: int, everyone: np.ndarray, seconds: float, loader: Loader) -> None:
-        """A step of `seconds`; of them rank r has waited `everyone[r, 0]` for samples and computed `everyone[r, 2]`
-        before any collective, and it holds `everyone[r, 3:5]` bytes on host and GPU. A rank's own slow shards are
-        recorded by itself.
-        """
+    def note(self, step: int, ranks: Figures[np.ndarray], seconds: float, loader: Loader) -> None:
+        """A step of `seconds`, and the ranks' figures of it. A rank's own slow shards are recorded by itself."""
         for slow in loader.slow_shards():
             self._session.record("slow", what="shard", rank=self._session.world.rank, step=step, **slow._asdict())
-        waited, computed = everyone[:, 0], everyone[:, 2]
-        if self._session.world.rank or not computed.any():
+        if self._session.world.rank or not ranks.computed.any():
             return
-        self._memory = everyone[:, 3:5].sum(axis=1)
-        self._steps.append((step, seconds, computed, waited))
+        self._memory = ranks.host_bytes + ranks.gpu_bytes
+        self._steps.append((step, seconds, ranks.computed, ranks.waited))
         spent = sum(seconds for _, seconds, *_ in self._steps)
         if any(len(self._steps) >= steps and spent >= least for steps, least in (WINDOW, LONG_WINDOW)):
             self._close()

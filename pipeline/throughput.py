@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import psutil
 import torch
 
@@ -39,6 +38,7 @@ class Throughput:
         self.peak = config.track.peak_flops or peak(world.device, config.precision.dtype)
         self.flops = task.flops_per_sample() if self.peak is not None and world.rank == 0 else None
         self._could = (self.peak or 0.0) * world.world_size
+        self._process = psutil.Process()
 
     @property
     def notes(self) -> list[str]:
@@ -50,14 +50,13 @@ class Throughput:
     def memory(self) -> tuple[float, float]:
         """Bytes that this worker holds on its host, and the most that it has held on its GPU."""
         on_gpu = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
-        return float(psutil.Process().memory_info().rss), float(on_gpu)
+        return float(self._process.memory_info().rss), float(on_gpu)
 
-    def metrics(self, seconds: float, terms: float, memory: np.ndarray) -> dict[str, float]:
-        """Of a step of `seconds` whose loss had `terms`. memory [R, 2]: what `memory` gave each rank."""
-        host, gpu = memory.max(axis=0).tolist()
-        found = {"throughput/samples_per_second": self._samples / seconds, "memory/host_gb": host / 1e9}
-        if gpu:
-            found["memory/gpu_gb"] = gpu / 1e9
+    def metrics(self, seconds: float, terms: float, host_bytes: float, gpu_bytes: float) -> dict[str, float]:
+        """Of a step of `seconds` whose loss had `terms`. host_bytes, gpu_bytes: of the worker that holds the most."""
+        found = {"throughput/samples_per_second": self._samples / seconds, "memory/host_gb": float(host_bytes) / 1e9}
+        if gpu_bytes:
+            found["memory/gpu_gb"] = float(gpu_bytes) / 1e9
         if self._unit:
             found[f"throughput/{self._unit}_per_second"] = terms / seconds
         if self.flops is not None:

@@ -28,7 +28,7 @@ from pipeline.guard import Judge, share_substitutes
 from pipeline.health import Health
 from pipeline.learner import Learner, build, restore, setup
 from pipeline.optim import learning_rate
-from pipeline.pace import Pace
+from pipeline.pace import Figures, Pace
 from pipeline.randomness import Randomness
 from pipeline.saving import Saving
 from pipeline.session import Session
@@ -96,9 +96,10 @@ def train(config: Config, session: Session) -> str:
                 result = engine.step(rate) if terms else None
                 if again or not (result and judge.again(session, step, result)):
                     break
-            own = [loader.wait_seconds, rows_digest(batches), session.forward.take(), *throughput.memory()]
-            everyone = world.gather([*own, *flat(sums)])  # [R, 5 + 2 * metrics]
-            metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, 5:]).items()}
+            own = Figures(loader.wait_seconds, rows_digest(batches), session.forward.take(), *throughput.memory())
+            everyone = world.gather([*own, *flat(sums)])  # [R, figures + 2 * metrics]
+            ranks = Figures(*everyone[:, : len(own)].T)
+            metrics = {f"train/{name}": value for name, value in means(sums, everyone[:, len(own) :]).items()}
             if result:
                 trouble = judge.judge(session, step, result, metrics["train/loss"], batches)
                 if result.applied:
@@ -110,13 +111,13 @@ def train(config: Config, session: Session) -> str:
 
             # Record.
             seconds = time.perf_counter() - began
-            pace.note(step, everyone, seconds, loader)
+            pace.note(step, ranks, seconds, loader)
             if world.rank == 0:
                 metrics["optim/lr"] = rate
-                metrics |= throughput.metrics(seconds, terms, everyone[:, 3:5])
+                metrics |= throughput.metrics(seconds, terms, ranks.host_bytes.max(), ranks.gpu_bytes.max())
                 metrics["time/step_seconds"] = seconds
-                metrics["data/wait_seconds"] = float(everyone[:, 0].max())
-                session.record("step", step=step, metrics=metrics, samples=int(everyone[:, 1].sum()))
+                metrics["data/wait_seconds"] = float(ranks.waited.max())
+                session.record("step", step=step, metrics=metrics, samples=int(ranks.digest.sum()))
             if trouble:
                 outcome = "rollback"
                 break

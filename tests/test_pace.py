@@ -13,7 +13,7 @@ import pytest
 from pipeline import config as configs
 from pipeline import pace as paces
 from pipeline.data.loader import Loader
-from pipeline.pace import Pace
+from pipeline.pace import Figures, Pace
 from pipeline.session import Session, World
 from tests import gloo, small_data
 from tests.small_session import of_kind, records_of
@@ -34,8 +34,8 @@ class Noted:
     def steps(self, computed: np.ndarray, waited: np.ndarray) -> list[dict[str, Any]]:
         """Steps of which rank r computes `computed[:, r]`; what was said of slow ones."""
         for one, other in zip(computed, waited):
-            everyone = np.stack([other, 0 * one, one, 1e9 + 0 * one, 0 * one], axis=1)  # [R, 5]
-            self.pace.note(self.step, everyone, float((one + other).max() * 2), self.loader)
+            ranks = Figures(other, 0 * one, one, 1e9 + 0 * one, 0 * one)
+            self.pace.note(self.step, ranks, float((one + other).max() * 2), self.loader)
             self.step += 1
         return of_kind(self.records, "slow")
 

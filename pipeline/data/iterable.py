@@ -33,9 +33,10 @@ from pipeline.data.order import block_samples
 from pipeline.data.reader import Dataset, Sample
 from pipeline.data.sound import Audio
 from pipeline.errors import ConfigError, DataError
+from pipeline.sections import Data
 
 VERSION = 1  # of the state
-BLOCK_BYTES, SHUFFLE_BLOCKS = 1 << 20, 64  # as a run has them by default
+BLOCK_BYTES, SHUFFLE_BLOCKS = (Data.model_fields[name].default for name in ("block_bytes", "shuffle_blocks"))  # a run's
 
 
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
