@@ -17,15 +17,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import debian
+
 ROOT = Path(__file__).parents[2]
-TOOLS = ("buildah", "podman", "crun", "debootstrap", "ip", "unshare")
+TOOLS = ("buildah", "podman", "crun", "debootstrap", "ip", "unshare", "xz", "gpgv")
+PACKAGES = ("buildah", "podman", "crun", "debootstrap", "iproute2", "util-linux", "xz-utils", "gpgv")
 BASE, IMAGE = "localhost/base:bookworm", "localhost/millstream:cpu"
 CACHE = Path(os.environ.get("MILLSTREAM_TEST_CACHE", Path.home() / ".cache/millstream-tests")) / "box"
 
 
-def missing() -> list[str]:
-    """Tools that are not here."""
-    return [tool for tool in TOOLS if shutil.which(tool) is None]
+def require() -> None:
+    """Install the tools that are missing."""
+    debian.require(TOOLS, PACKAGES)
 
 
 def environment() -> dict[str, str]:

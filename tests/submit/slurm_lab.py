@@ -7,11 +7,10 @@ up: no accounting, no cgroups; the nodes share this machine's memory.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from types import TracebackType
 
+from tests import debian
 from tests.cluster.lab import Lab
 from tests.submit.sent_run import wait_for
 
@@ -57,14 +56,7 @@ exec munged --foreground --key-file="$KEY" --socket=/tmp/munge/socket --pid-file
 
 def require() -> None:
     """Install Slurm where it is missing."""
-    if shutil.which("slurmctld") and shutil.which("slurmd") and shutil.which("sbatch") and shutil.which("munged"):
-        return
-    apt = ["apt-get", "-o", "DPkg::Lock::Timeout=300"]
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run([*apt, "update"], env=quiet, capture_output=True, timeout=300)
-    install = [*apt, "install", "--yes", "--no-install-recommends", *PACKAGES]
-    done = subprocess.run(install, env=quiet, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    debian.require(("slurmctld", "slurmd", "sbatch", "munged"), PACKAGES)
 
 
 class Slurm:

@@ -25,7 +25,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipeline.track.page import document
-from tests import small_data
+from tests import debian, small_data
 from tests.test_train import RESNET
 from tests.track.small_story import Story, crash_loop, killed_once, run_folder, shown
 from tests.track.test_page import EVIL, evil
@@ -38,9 +38,7 @@ PATIENCE_MS = 300_000
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not shutil.which("chromium"):
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
-            subprocess.run(["apt-get", "--quiet", *command], check=True, timeout=500)
+    debian.require(("chromium",), ("chromium",))
     with sync_playwright() as play:
         opened = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         yield opened
