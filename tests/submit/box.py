@@ -21,7 +21,7 @@ from tests import debian
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("buildah", "podman", "crun", "debootstrap", "ip", "unshare", "xz", "gpgv")
-PACKAGES = ("buildah", "podman", "crun", "debootstrap", "iproute2", "util-linux", "xz-utils", "gpgv")
+PACKAGES = ("buildah", "podman", "netavark", "crun", "debootstrap", "iproute2", "util-linux", "xz-utils", "gpgv")
 BASE, IMAGE = "localhost/base:bookworm", "localhost/millstream:cpu"
 CACHE = Path(os.environ.get("MILLSTREAM_TEST_CACHE", Path.home() / ".cache/millstream-tests")) / "box"
 
