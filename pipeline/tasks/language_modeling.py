@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, model_validator
 
+from pipeline import task_file
+from pipeline.data.token_rows import IGNORED, TokenRows
 from pipeline.data.vocabulary import read_vocabulary
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
 from pipeline.sections import Strict
 from pipeline.tasks import Batch, Row, Sums
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
     from pipeline.models.pretrained import Weights
 
 CONTEXT, CONTINUED = 96, 16  # tokens of a row that are shown, at the most, and that the network adds to them
-IGNORED = -100  # what torch's cross-entropy leaves out by default
 HEAD = "causal language modeling"
 
 
@@ -61,6 +63,15 @@ class Config(Strict):
         return self
 
 
+class Writing(Strict):
+    """How text is written; the options of `millstream sample`."""
+
+    tokens: int = Field(default=128, ge=1, description="tokens to add, at the most; the end of the text ends it")
+    temperature: float = Field(default=0.8, ge=0, description="0: always the likeliest token; 1: as it was trained")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="only the likeliest tokens, with this share together")
+    top_k: int | None = Field(default=None, ge=1, description="only so many of the likeliest tokens")
+
+
 class Task:
     """See pipeline/tasks/__init__.py for what each method promises.
 
@@ -79,6 +90,7 @@ class Task:
                 f"task.length: rows beside {config.tokenizer} were packed with length {packed}, not {config.length}; "
                 f"set task.length to {packed}, or pack again"
             )
+        self.rows = TokenRows(config.tokenizer, self.vocabulary, config.length)
         self.weights: Weights | None = None
         self._flops: float | None = None
 
@@ -112,32 +124,12 @@ class Task:
         tokenizer.save_pretrained(folder)
 
     def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        """{"tokens": int64 [length], "labels": int64 [length], "bytes": int64 []}; short rows end in ignored labels.
-
-        Raises DataError naming the sample when it is no row of tokens, too long, or of another vocabulary.
-        """
-        row, length = self._row(sample), self.config.length
-        terms = len(row) - 1
-        tokens = np.zeros(length, dtype=np.int64)  # attention is causal: no target sees what stands behind a short row
-        labels = np.full(length, IGNORED, dtype=np.int64)
-        tokens[:terms], labels[:terms] = row[:-1], row[1:]
-        lengths = self.vocabulary.byte_lengths
-        size = lengths[row[1:]].sum() if lengths is not None else 0
-        return {"tokens": tokens, "labels": labels, "bytes": np.array(size, dtype=np.int64)}
+        """A row as the arrays of a batch; raises DataError when it is none (see data/token_rows.py)."""
+        return self.rows.prepare(sample)
 
     def gather(self, samples: Samples) -> dict[str, np.ndarray] | None:
-        """What `prepare` gives for each, for all rows at once when all of them are whole; else None."""
-        rows = samples.array("npy")  # [m, length + 1]
-        m, length, size = len(samples), self.config.length, self.vocabulary.size
-        if rows is None or rows.shape != (m, length + 1) or rows.dtype.kind not in "ui":
-            return None
-        if rows.max() >= size or rows.min() < 0:
-            return None
-        tokens, labels = (samples.empty(name, (m, length), np.int64) for name in ("tokens", "labels"))
-        tokens[...], labels[...] = rows[:, :-1], rows[:, 1:]
-        lengths = self.vocabulary.byte_lengths
-        sizes = np.zeros(m, np.int64) if lengths is None else lengths[labels].sum(axis=1)
-        return {"tokens": tokens, "labels": labels, "bytes": sizes}
+        """What `prepare` gives for each, for all rows at once when all of them are whole and plain; else None."""
+        return self.rows.gather(samples)
 
     def weight(self, batch: Batch) -> float:
         """One term per target."""
@@ -165,26 +157,20 @@ class Task:
         """The first half of each row, how the network goes on from there (its likeliest token each time), how the text
         does, and the mean loss of that in nats. Takes as many forward passes as tokens are added, whatever the rows.
         """
-        import torch
         from torch.nn import functional
+
+        from pipeline.models import generation
 
         length = self.config.length
         width = min(length, CONTEXT + CONTINUED - 1)
         longest = min(CONTEXT, max(1, length // 2))
-        tokens, labels = batch["tokens"][:, :width].clone(), batch["labels"][:, :width]  # [m, width] each
+        tokens, labels = batch["tokens"][:, :width], batch["labels"][:, :width]  # [m, width] each
         begin = ((batch["labels"] != IGNORED).sum(dim=1) // 2).clamp(1, longest)  # [m], tokens of context
-        row = torch.arange(len(tokens), device=tokens.device)
-        added: list[Tensor] = []
-        nats = torch.empty(0)
-        for turn in range(min(CONTINUED, width + 1 - longest)):
-            place = begin + turn  # attention is causal: what stands from there on in `tokens` is not seen
-            logits = model(input_ids=tokens, use_cache=False).logits[..., : self.vocabulary.size]
-            if turn == 0:
-                nats = functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
-            added.append(logits[row, place - 1].argmax(dim=-1))
-            tokens[row, place.clamp(max=width - 1)] = added[-1]  # the last one may be behind the end, and is not read
-        follows = [slice(first - 1, first - 1 + len(added)) for first in begin.tolist()]  # of the labels
-        decode, continued = self._decoder(), torch.stack(added, dim=1).tolist()
+        turns = min(CONTINUED, width + 1 - longest)
+        added, logits = generation.likeliest(model, tokens, begin, turns, self.vocabulary.size)
+        nats = functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
+        follows = [slice(first - 1, first - 1 + turns) for first in begin.tolist()]  # of the labels
+        decode, continued = self._decoder(), added.tolist()
         return [
             {
                 "context": decode(batch["tokens"][i, : part.start + 1].tolist()),
@@ -194,6 +180,28 @@ class Task:
             }
             for i, part in enumerate(follows)
         ]
+
+    def sample(
+        self, model: Any, prompts: list[str], count: int, generator: torch.Generator, options: Mapping[str, str]
+    ) -> list[Row]:
+        """What the network writes: {"text": the prompt and what follows, "tokens": how many were added}.
+
+        A prompt stands at the beginning of a document, as the rows have them. Options: `Writing`.
+        """
+        from pipeline.data.text import load_tokenizer
+        from pipeline.models import generation
+
+        asked = task_file.options(Writing, options)
+        end, tokenizer, decode = self.vocabulary.end_of_text, load_tokenizer(self.config.tokenizer), self._decoder()
+        draw = generation.Draw(self.vocabulary.size, asked.temperature, asked.top_k, asked.top_p)
+        rows: list[Row] = []
+        for prompt in prompts or [""]:
+            own = tokenizer.encode(prompt, add_special_tokens=False).ids
+            begin = own if end is None else [end, *own]
+            self._check_room(model.config, prompt, len(begin), asked.tokens)
+            written = generation.write(model, begin, count, generator, tokens=asked.tokens, draw=draw, end=end)
+            rows += [{"text": decode([*own, *added]), "tokens": len(added)} for added in written]
+        return rows
 
     def flops_per_sample(self) -> float:
         """Forward and backward of one row, counted once from the graph."""
@@ -256,21 +264,14 @@ class Task:
         if isinstance(positions, int) and positions < self.config.length:
             raise ConfigError(f"{place} has {positions} positions, too few for task.length {self.config.length}")
 
-    def _row(self, sample: Sample) -> np.ndarray:
-        """int64 [2 to length + 1]"""
-        row = sample["npy"]
-        if row.ndim != 1 or row.dtype.kind not in "ui":
-            raise DataError(f"sample {sample.key} is {row.dtype}{list(row.shape)}, not a row of whole numbers")
-        if not 2 <= len(row) <= self.config.length + 1:
-            raise DataError(
-                f"sample {sample.key} has {len(row)} tokens; with task.length {self.config.length} a row has 2 to "
-                f"{self.config.length + 1}; set task.length as the text was packed"
+    def _check_room(self, config: PreTrainedConfig, prompt: str, begun: int, added: int) -> None:
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if begun < 1:
+            raise ConfigError("this tokenizer has no token that begins a text: give at least one --prompt")
+        if isinstance(positions, int) and begun + added > positions:
+            raise ConfigError(
+                f"tokens={added} behind the {begun} of the prompt {prompt[:40]!r} need {begun + added} positions, and "
+                f"the network has {positions}; at most tokens={positions - begun}"
+                + ", a shorter prompt"
+                * (begun >= positions)
             )
-        row = row.astype(np.int64)
-        unknown = row[(row < 0) | (row >= self.vocabulary.size)]
-        if len(unknown):
-            raise DataError(
-                f"sample {sample.key} has token {unknown[0]}, but {self.config.tokenizer} "
-                f"knows 0 to {self.vocabulary.size - 1}; give the tokenizer the shards were packed with"
-            )
-        return row
