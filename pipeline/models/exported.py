@@ -40,7 +40,7 @@ def rebuild(description: Mapping[str, Any]) -> nn.Module:
     from pipeline.models import pretrained
 
     [name] = description["architectures"]
-    cls = getattr(transformers, name, None)
+    cls = architectures.class_named(name)
     if cls is None:
         raise ValueError(f"transformers {transformers.__version__} has no {name}")
     config = architectures.kept_config(description)

@@ -9,7 +9,8 @@ only the draw is ours, from the generator that it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,20 +19,29 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
 def likeliest(
-    model: Callable[..., Any], tokens: Tensor, begin: Tensor, turns: int, vocabulary: int
+    model: Callable[..., Any], inputs: Mapping[str, Tensor], begin: Tensor, turns: int, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
-    """`turns` tokens after the first `begin` [m] ones of each row of `tokens` [m, width]: (int64 [m, turns], logits
-    [m, width, vocabulary] of the first pass, right up to each row's `begin`).
+    """`turns` tokens after the first `begin` [m] ones of each row of `inputs` ("input_ids" and, where documents are
+    kept apart, "position_ids", [m, width] each).
+
+    Gives int64 [m, turns], and the logits [m, width, vocabulary] of the rows as they are.
+
+    What is added belongs to the document that `begin` ends in.
     """
-    tokens, width = tokens.clone(), tokens.shape[1]
+    tokens, positions = inputs["input_ids"].clone(), inputs.get("position_ids")
+    width = tokens.shape[1]
     row = torch.arange(len(tokens), device=tokens.device)
     added: list[Tensor] = []
     first = torch.empty(0)
     for turn in range(turns):
         place = begin + turn  # attention is causal: what stands from there on in `tokens` is not seen
-        logits = model(input_ids=tokens, use_cache=False).logits[..., :vocabulary]  # [m, width, vocabulary]
+        own = {} if positions is None else {"position_ids": positions}
+        logits = model(input_ids=tokens, **own, use_cache=False).logits[..., :vocabulary]  # [m, width, vocabulary]
         if turn == 0:
             first = logits
+            if positions is not None:
+                column, last = torch.arange(width, device=tokens.device), (begin - 1)[:, None]
+                positions = torch.where(column > last, positions.gather(1, last) + column - last, positions)
         added.append(logits[row, place - 1].argmax(dim=-1))
         tokens[row, place.clamp(max=width - 1)] = added[-1]  # the last one may be behind the end, and is not read
     return torch.stack(added, dim=1), first
@@ -54,9 +64,8 @@ def write(
         max_new_tokens=tokens, do_sample=False, use_cache=True, eos_token_id=end, pad_token_id=0 if end is None else end
     )
     own = LogitsProcessorList([_Chosen(draw, generator)])
-    whole = model.generate(
-        start, attention_mask=torch.ones_like(start), generation_config=settings, logits_processor=own
-    )
+    seen = {"attention_mask": torch.ones_like(start)} if "attention_mask" in signature(model.forward).parameters else {}
+    whole = model.generate(start, generation_config=settings, logits_processor=own, **seen)
     written = whole[:, len(prompt) :].tolist()
     return [line[: line.index(end)] if end in line else line for line in written]
 

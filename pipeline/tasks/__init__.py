@@ -18,7 +18,9 @@ not read: `kept` is then what the checkpoint says of the network. Other tasks ne
 
 A task may have `show(model, batch) -> list[Row]`: what the network makes of each sample of a micro batch, for people to
 look at. It is asked after an evaluation, about the same samples on every rank, so all ranks call the network alike.
-And `unit`: what a term of its loss is ("tokens"), to tell how many of them a second are trained on.
+A task may have `derive(metrics) -> dict`: what follows from the mean metrics of a whole held-out set, such as
+perplexity from the loss. And `unit`: what a term of its loss is ("tokens"), to tell how many of them a second are
+trained on.
 
 A task that generates has `sample(model, prompts, count, generator, options) -> list[Row]`, for `millstream sample`:
 `count` new samples for each of `prompts` (list[str]; empty: `count` without any), prompt by prompt. `model` is the bare

@@ -4,10 +4,11 @@
 
 Rows come packed from data/text.py: every token of the text but the very first is the target of exactly one row, so
 sums over a held-out set are those of its whole text. They are told in bits per byte, which compares between
-tokenizers and with file compressors. Attention is causal over the whole row, across the documents in it.
+tokenizers and with file compressors. Rows of chats (data/chats.py) have targets only where an answer stands. Attention
+is causal over the whole row or, with `attention: document`, over the document that a token belongs to.
 
 Batch: "tokens" int64 [m, length], "labels" int64 [m, length] (-100: no target), "bytes" int64 [m] (of text in the
-row's targets).
+row's targets), and where documents are kept apart "positions" int64 [m, length].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pipeline.models.pretrained import Weights
 
 CONTEXT, CONTINUED = 96, 16  # tokens of a row that are shown, at the most, and that the network adds to them
+LARGEST_EXPONENT = 700.0  # e to this is still a float
 HEAD = "causal language modeling"
 
 
@@ -49,6 +51,7 @@ class Config(Strict):
     tokenizer: Path = Field(description="tokenizer.json beside the shards, written when the text was packed")
     length: int = Field(ge=1, description="tokens predicted per row; as packed")
     architecture: str | None = Field(default=None, description="transformers model type: llama, gpt2, qwen3 ...")
+    attention: Literal["row", "document"] = Field(default="row", description="what a token sees of those before it")
     model: dict[str, Any] = Field(default={}, description="options of the architecture, as in its transformers config")
     pretrained: Path | None = Field(default=None, description="folder of a pretrained network, instead of architecture")
 
@@ -90,13 +93,13 @@ class Task:
                 f"task.length: rows beside {config.tokenizer} were packed with length {packed}, not {config.length}; "
                 f"set task.length to {packed}, or pack again"
             )
-        self.rows = TokenRows(config.tokenizer, self.vocabulary, config.length)
+        self.rows = TokenRows(config.tokenizer, self.vocabulary, config.length, config.attention == "document")
         self.weights: Weights | None = None
         self._flops: float | None = None
 
     def build_model(self, kept: Mapping[str, Any] | None = None) -> nn.Module:
         """input_ids [m, length] -> `.logits` [m, length, vocabulary]. Raises ConfigError."""
-        from pipeline.models import architectures
+        from pipeline.models import architectures, documents
 
         config = self._network(kept)
         if self.config.pretrained is None:
@@ -105,6 +108,8 @@ class Task:
             model = architectures.empty(HEAD, config)
         else:
             model, self.weights = architectures.load(HEAD, self.config.pretrained, config)
+        if self.config.attention == "document":
+            documents.require(model)
         return model
 
     def write_settings(self, folder: Path) -> None:
@@ -139,8 +144,8 @@ class Task:
         """Cross-entropy in nats, summed over the targets."""
         from torch.nn import functional
 
-        tokens, labels = batch["tokens"], batch["labels"]  # [m, length] each
-        logits = model(input_ids=tokens, use_cache=False).logits  # [m, length, V]
+        labels = batch["labels"]  # [m, length]
+        logits = model(**_inputs(batch), use_cache=False).logits  # [m, length, V]
         nats = functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -148,6 +153,10 @@ class Task:
         if self.vocabulary.byte_lengths is not None:
             sums["bits_per_byte"] = (nats.detach() / math.log(2), batch["bytes"].sum())
         return nats, sums
+
+    def derive(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Perplexity, beside the mean loss that it is the exponential of."""
+        return {"perplexity": math.exp(metrics["loss"]) if metrics["loss"] < LARGEST_EXPONENT else math.inf}
 
     def score(self, model: Callable[..., Any], batch: Batch) -> Sums:
         """The same sums; there is nothing that only training does."""
@@ -164,10 +173,11 @@ class Task:
         length = self.config.length
         width = min(length, CONTEXT + CONTINUED - 1)
         longest = min(CONTEXT, max(1, length // 2))
-        tokens, labels = batch["tokens"][:, :width], batch["labels"][:, :width]  # [m, width] each
+        labels = batch["labels"][:, :width]  # [m, width]
         begin = ((batch["labels"] != IGNORED).sum(dim=1) // 2).clamp(1, longest)  # [m], tokens of context
         turns = min(CONTINUED, width + 1 - longest)
-        added, logits = generation.likeliest(model, tokens, begin, turns, self.vocabulary.size)
+        inputs = {name: values[:, :width] for name, values in _inputs(batch).items()}
+        added, logits = generation.likeliest(model, inputs, begin, turns, self.vocabulary.size)
         nats = functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
         follows = [slice(first - 1, first - 1 + turns) for first in begin.tolist()]  # of the labels
         decode, continued = self._decoder(), added.tolist()
@@ -275,3 +285,9 @@ class Task:
                 + ", a shorter prompt"
                 * (begun >= positions)
             )
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the network is called with: tokens, and positions where they say which document a token belongs to."""
+    positions = {"position_ids": batch["positions"]} if "positions" in batch else {}
+    return {"input_ids": batch["tokens"], **positions}
