@@ -154,7 +154,10 @@ def test_a_seed_says_what_is_written(llama: Path) -> None:
     [
         ({"tokens": "0", "temprature": "1"}, r"2 problems:(.|\n)*must be at least 1(.|\n)*did you mean temperature"),
         ({"top_p": "high"}, "top_p: should be a number, not 'high'"),
-        ({"tokens": "14"}, "tokens=14 behind the 3 of the prompt 'ab' need 17 positions, .* 16; at most tokens=13"),
+        (
+            {"tokens": "14"},
+            "tokens=14 behind the 3 of the prompt 'ab' need 17 .* has 16; ask for at most tokens=13",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_named(llama: Path, options: dict[str, str], words: str) -> None:

@@ -19,7 +19,7 @@ from pipeline.data import sheet
 from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.sheet import Shown, Sound
 from pipeline.data.sound import Audio
-from pipeline.data.text import load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
 
 COUNTED = 100_000  # samples whose class is read when no card tells

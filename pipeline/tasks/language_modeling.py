@@ -66,15 +66,6 @@ class Config(Strict):
         return self
 
 
-class Writing(Strict):
-    """How text is written; the options of `millstream sample`."""
-
-    tokens: int = Field(default=128, ge=1, description="tokens to add, at the most; the end of the text ends it")
-    temperature: float = Field(default=0.8, ge=0, description="0: always the likeliest token; 1: as it was trained")
-    top_p: float = Field(default=0.95, gt=0, le=1, description="only the likeliest tokens, with this share together")
-    top_k: int | None = Field(default=None, ge=1, description="only so many of the likeliest tokens")
-
-
 class Task:
     """See pipeline/tasks/__init__.py for what each method promises.
 
@@ -118,7 +109,8 @@ class Task:
 
         file = self.config.tokenizer
         if (file.parent / "tokenizer_config.json").is_file():
-            for path in (file, *sorted(file.parent.glob("*token*.*"))):
+            templates = sorted(file.parent.glob("chat_template.*"))
+            for path in (file, *sorted(file.parent.glob("*token*.*")), *templates):
                 shutil.copyfile(path, folder / path.name)
             return
         end = self.vocabulary.end_of_text
@@ -168,6 +160,7 @@ class Task:
         """
         from torch.nn import functional
 
+        from pipeline.data.tokenizer import decoder
         from pipeline.models import generation
 
         length = self.config.length
@@ -180,7 +173,7 @@ class Task:
         added, logits = generation.likeliest(model, inputs, begin, turns, self.vocabulary.size)
         nats = functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
         follows = [slice(first - 1, first - 1 + turns) for first in begin.tolist()]  # of the labels
-        decode, continued = self._decoder(), added.tolist()
+        decode, continued = decoder(self.config.tokenizer, self.vocabulary), added.tolist()
         return [
             {
                 "context": decode(batch["tokens"][i, : part.start + 1].tolist()),
@@ -196,22 +189,14 @@ class Task:
     ) -> list[Row]:
         """What the network writes: {"text": the prompt and what follows, "tokens": how many were added}.
 
-        A prompt stands at the beginning of a document, as the rows have them. Options: `Writing`.
+        A prompt stands at the beginning of a document, as the rows have them; in a chat it is what the user says, and
+        "text" is the answer alone. Options: models/writing.py.
         """
-        from pipeline.data.text import load_tokenizer
-        from pipeline.models import generation
+        from pipeline.models.writing import Writing, write_texts
 
-        asked = task_file.options(Writing, options)
-        end, tokenizer, decode = self.vocabulary.end_of_text, load_tokenizer(self.config.tokenizer), self._decoder()
-        draw = generation.Draw(self.vocabulary.size, asked.temperature, asked.top_k, asked.top_p)
-        rows: list[Row] = []
-        for prompt in prompts or [""]:
-            own = tokenizer.encode(prompt, add_special_tokens=False).ids
-            begin = own if end is None else [end, *own]
-            self._check_room(model.config, prompt, len(begin), asked.tokens)
-            written = generation.write(model, begin, count, generator, tokens=asked.tokens, draw=draw, end=end)
-            rows += [{"text": decode([*own, *added]), "tokens": len(added)} for added in written]
-        return rows
+        asked, file = task_file.options(Writing, options), self.config.tokenizer
+        written = write_texts(model, prompts, count, generator, asked, file, self.vocabulary)
+        return [{"text": text, "tokens": tokens} for text, tokens in written]
 
     def flops_per_sample(self) -> float:
         """Forward and backward of one row, counted once from the graph."""
@@ -224,15 +209,6 @@ class Task:
             build = partial(architectures.build, HEAD, config)
             self._flops = flops.count(build, lambda: {"input_ids": torch.zeros(shape, dtype=torch.long)})
         return self._flops
-
-    def _decoder(self) -> Callable[[list[int]], str]:
-        """Tokens -> their text; bytes that are part of a character show as a replacement sign."""
-        from tokenizers import Tokenizer, decoders
-
-        tokenizer = Tokenizer.from_file(str(self.config.tokenizer))
-        if tokenizer.decoder is None and self.vocabulary.byte_lengths is not None:
-            tokenizer.decoder = decoders.ByteLevel()
-        return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
 
     def _network(self, kept: Mapping[str, Any] | None = None) -> PreTrainedConfig:
         """Its configuration in transformers: from the options, the pretrained folder, or what a checkpoint kept."""
@@ -273,18 +249,6 @@ class Task:
         positions = getattr(text, "max_position_embeddings", None)
         if isinstance(positions, int) and positions < self.config.length:
             raise ConfigError(f"{place} has {positions} positions, too few for task.length {self.config.length}")
-
-    def _check_room(self, config: PreTrainedConfig, prompt: str, begun: int, added: int) -> None:
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if begun < 1:
-            raise ConfigError("this tokenizer has no token that begins a text: give at least one --prompt")
-        if isinstance(positions, int) and begun + added > positions:
-            raise ConfigError(
-                f"tokens={added} behind the {begun} of the prompt {prompt[:40]!r} need {begun + added} positions, and "
-                f"the network has {positions}; at most tokens={positions - begun}"
-                + ", a shorter prompt"
-                * (begun >= positions)
-            )
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
