@@ -78,6 +78,12 @@ def write_settings(module: nn.Module, folder: Path, dtype: str) -> None:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
+def needs(module: nn.Module) -> str | None:
+    """What must be imported before transformers opens the folder: the file of a network that is our own."""
+    place = type(module).__module__
+    return place if place.startswith("pipeline.") else None
+
+
 def opener(module: nn.Module) -> str:
     """The class of transformers to open the folder with."""
     name = type(module).__name__

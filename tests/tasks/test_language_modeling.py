@@ -136,21 +136,6 @@ def test_a_short_row_counts_as_if_it_stood_alone(text: Path) -> None:
     assert task.weight(batch) == terms
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"), [("llama", LLAMA), ("gpt2", GPT2), ("qwen3", LLAMA | {"num_key_value_heads": 1})]
-)
-def test_one_batch_is_learnt_by_heart(text: Path, architecture: str, options: dict[str, Any]) -> None:
-    task = task_of(text, architecture=architecture, model=options | {"tie_word_embeddings": True})
-    model, batch = built(task), batch_of(task, text, [0, 1])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    for _ in range(80):
-        loss, sums = task.loss(model, batch)
-        optimizer.zero_grad()
-        (loss / task.weight(batch)).backward()
-        optimizer.step()
-    assert float(sums["loss"][0]) / task.weight(batch) < 0.3 and sums["bits_per_byte"][0] < sums["bits_per_byte"][1]
-
-
 def test_there_is_no_dropout_unless_asked_for(text: Path) -> None:
     plain, asked = (
         task_of(text, architecture="gpt2", model=GPT2 | more) for more in ({}, {"resid_pdrop": 0.5})
