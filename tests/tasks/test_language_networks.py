@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from pipeline import config as configs
 from pipeline.checkpoint.export import export
 from pipeline.checkpoint.format import list_checkpoints
 from pipeline.checkpoint.weights import load
+from pipeline.data import index
+from pipeline.data.text import npy
 from pipeline.models import exported, generation
 from pipeline.prepare import prepare
 from pipeline.session import World
@@ -28,7 +32,7 @@ LSTM = {"hidden_size": 24, "num_hidden_layers": 2}
 MAMBA2 = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8}
 MAMBA2 |= {"chunk_size": 8}
 NETWORKS: dict[str, dict[str, Any]] = {"llama": LLAMA, "lstm": LSTM, "mamba2": MAMBA2}
-STEPS, MIDDLE = 6, 3
+STEPS, MIDDLE = 8, 4  # 128 rows: more than an epoch
 
 
 @pytest.mark.parametrize(
@@ -139,14 +143,22 @@ def test_flops_of_the_recurrent_are_counted(text: Path) -> None:
 
 
 def cases(folder: Path, zero: dict[str, Any]) -> dict[str, Path]:
-    """A configuration for each network, on ragged rows."""
-    rows = small_data.rows(folder / "rows") if not (folder / "rows").exists() else folder / "rows"
+    """A configuration for each network, on ragged rows, of which two hold a token that no tokenizer gave."""
+    rows, bad = small_data.rows(folder / "rows"), small_data.rows(folder / "bad")
+    with tarfile.open(bad / "shard-003.tar", "w") as tar:
+        for key in ("bad-1", "bad-2"):
+            content = npy(np.full(17, 300, np.uint16))
+            member = tarfile.TarInfo(f"{key}.npy")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (bad / "shards.idx").unlink()
+    index.build(bad)
     written = {}
     for name in ("lstm", "mamba2"):
         section = {"name": "language_modeling", "tokenizer": str(rows / "tokenizer.json"), "length": 16}
         section |= {"architecture": name, "model": NETWORKS[name]}
         changes: dict[str, Any] = {"steps": STEPS, "zero": zero, "checkpoint": {"every": MIDDLE}}
-        changes |= {"data": {"train": str(rows), "evaluate": {"test": str(rows)}, "bad_samples": "substitute"}}
+        changes |= {"data": {"train": str(bad), "evaluate": {"test": str(rows)}, "bad_samples": "substitute"}}
         written[name] = small_data.config(folder / f"{name}-{zero['stage']}.yaml", section, rows, name=name, **changes)
     return written
 
@@ -161,6 +173,9 @@ def run_cases(world: World, paths: dict[str, Path], runs: Path, again: bool = Fa
             shutil.move(last, runs / f"{name}-whole" / "checkpoints" / last.name)
             found[f"{name} again"] = losses(records_of(world, configs.load(path), runs / name, attempt=2))
         found[name] = losses(records)
+        reasons = sorted(record["reason"] for record in of_kind(records, "substitute"))
+        assert len(reasons) == 2, reasons
+        assert all(f"sample bad-{i} has token 300" in reason for i, reason in enumerate(reasons, 1)), reasons
         [*_, scored] = of_kind(records, "evaluation")
         assert scored["metrics"]["eval/test/perplexity"] == pytest.approx(np.exp(scored["metrics"]["eval/test/loss"]))
     return found
