@@ -19,7 +19,7 @@ def sample(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Options of the task. Text: tokens, temperature, top_p, top_k, chat.",
+            help="Options of the task; text: tokens, temperature, top_p, top_k, chat. A wrong one is told which there are.",
         ),
     ] = None,
     prompt: Annotated[
@@ -41,12 +41,15 @@ def sample(
     options = dict(map(_option, words or ()))
     from pipeline import sample as sampling
     from pipeline import terminal
+    from pipeline.checkpoint import weights
 
     if output:
         sampling.refuse_existing(output)
-    loaded, rows = sampling.sample(source, prompt or (), count=count, seed=seed, ema=ema, options=options)
+    loaded = weights.load(source, ema=ema)
     for note in loaded.notes:
         terminal.warn(note)
+    with terminal.busy(f"{count * max(1, len(prompt or ()))} samples of {loaded.path.name}"):
+        rows = sampling.sample(loaded, prompt or (), count=count, seed=seed, options=options)
     for number, row in enumerate(rows):
         _print(number, len(rows), row)
     if output is None and any(_is_picture(value) for row in rows for value in row.values()):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pipeline import task_file
-from pipeline.checkpoint.weights import Loaded, load
+from pipeline.checkpoint.weights import Loaded
 from pipeline.errors import ConfigError, RunError
 from pipeline.tasks import Row
 
@@ -26,19 +26,17 @@ GAP = 2  # pixels between the pictures of a grid
 
 
 def sample(
-    source: Path,
+    loaded: Loaded,
     prompts: Sequence[str],
     *,
     count: int = 1,
     seed: int = 0,
-    ema: bool = False,
     options: Mapping[str, str] | None = None,
-) -> tuple[Loaded, list[Row]]:
-    """What was loaded, and `count` samples for each prompt, one prompt after the other; `count` if there is none.
+) -> list[Row]:
+    """`count` samples of a network (`weights.load`) for each prompt, one prompt after the other; `count` without any.
 
-    Raises CheckpointError as `weights.load` does, ConfigError when the task generates nothing or refuses an option.
+    Raises ConfigError when its task generates nothing, or refuses an option.
     """
-    loaded = load(source, ema=ema)
     if not hasattr(loaded.task, "sample"):
         named = loaded.manifest.config["task"]["name"]
         able = [name for name in task_file.names() if hasattr(task_file.find(name).Task, "sample")]
@@ -46,8 +44,7 @@ def sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        rows = loaded.task.sample(loaded.module.to(device), list(prompts), count, generator, dict(options or {}))
-    return loaded, rows
+        return loaded.task.sample(loaded.module.to(device), list(prompts), count, generator, dict(options or {}))
 
 
 def refuse_existing(folder: Path) -> None:

@@ -136,8 +136,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(llama: Path, tmp_path: Pat
 
 def test_a_seed_says_what_is_written(llama: Path) -> None:
     def texts(seed: int, *prompts: str, **options: str) -> list[Any]:
-        rows = sampling.sample(llama, prompts, count=3, seed=seed, options=options)[1]
+        rows = sampling.sample(loaded, prompts, count=3, seed=seed, options=options)
         return [row["text"] for row in rows]
+
+    loaded = weights.load(llama)
 
     first = texts(0, "ab", "c", tokens="8")
     assert first == texts(0, "ab", "c", tokens="8") != texts(1, "ab", "c", tokens="8")
@@ -162,12 +164,11 @@ def test_a_seed_says_what_is_written(llama: Path) -> None:
 )
 def test_options_that_do_not_fit_are_named(llama: Path, options: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        sampling.sample(llama, ["ab"], options=options)
+        sampling.sample(weights.load(llama), ["ab"], options=options)
 
 
 def test_pictures_are_written_alone_and_in_a_grid(shades: Path, tmp_path: Path) -> None:
-    loaded, rows = sampling.sample(shades, [], count=5, options={"side": "6"})
-    assert loaded.manifest.step == 7
+    rows = sampling.sample(weights.load(shades), [], count=5, options={"side": "6"})
     table, *pictures, grid = sampling.write(tmp_path / "out", rows)
     told = [json.loads(line) for line in table.read_text().splitlines()]
     assert [row["picture"] for row in told] == [picture.name for picture in pictures]
@@ -205,4 +206,4 @@ def test_a_task_that_generates_nothing_says_who_does(tmp_path: Path) -> None:
     section["model"] = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
     saved(tmp_path / "run", section)
     with pytest.raises(ConfigError, match=r"generates nothing; those that do: .*language_modeling"):
-        sampling.sample(tmp_path / "run", [])
+        sampling.sample(weights.load(tmp_path / "run"), [])
