@@ -19,7 +19,7 @@ def sample(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Options of the task; text: tokens, temperature, top_p, top_k, chat. A wrong one is told which there are.",
+            help="Options of the task; text: tokens, temperature, top_p, top_k, chat. A wrong one is told.",
         ),
     ] = None,
     prompt: Annotated[

@@ -148,7 +148,7 @@ class Task:
 
     def derive(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Perplexity, beside the mean loss that it is the exponential of."""
-        return {"perplexity": math.exp(metrics["loss"]) if metrics["loss"] < LARGEST_EXPONENT else math.inf}
+        return {"perplexity": math.exp(min(metrics["loss"], LARGEST_EXPONENT))}
 
     def score(self, model: Callable[..., Any], batch: Batch) -> Sums:
         """The same sums; there is nothing that only training does."""
