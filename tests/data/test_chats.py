@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipeline.data.chats import Chats, fit, pack_chats
 from pipeline.data.pack import pack
+from pipeline.data.preview import preview
 from pipeline.data.reader import open_dataset
 from pipeline.data.template import Template, read_template
 from pipeline.data.token_rows import IGNORED, TokenRows
@@ -85,6 +86,7 @@ def test_only_answers_are_learnt(tmp_path: Path, tokenizer: Path, template: str)
     assert decode(learnt, skip_special_tokens=False) == "Yes 🙂.<|end|>Well<|end|>"
     facts = json.loads((tmp_path / "out" / "train" / "text.json").read_text())
     assert facts["learnt_bytes"] == len("Yes 🙂.Well".encode()) and facts["learnt_tokens"] == len(learnt)
+    assert "learnt: 'Yes 🙂.<|end|>Well<|end|>'" in preview(tmp_path / "out" / "train")
     assert facts["eot_id"] == 0 and read_template(tmp_path / "out" / "train").text == template
 
 
