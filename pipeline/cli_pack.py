@@ -30,6 +30,7 @@ class Kind(Enum):
     table = "table"
     tars = "tars"
     text = "text"
+    chats = "chats"
 
 
 class End(Enum):
@@ -45,7 +46,8 @@ KindOption = Annotated[
     Kind,
     typer.Option(
         help="What it is: images or audio, as SOURCE/<class>/<file>; arrays (npy, npz, csv of pixels); table (csv, "
-        "tsv, jsonl, parquet, arrow, a folder saved by `datasets`); tars; text, which becomes rows of tokens."
+        "tsv, jsonl, parquet, arrow, a folder saved by `datasets`); tars; text, which becomes rows of tokens; chats "
+        "(jsonl of messages), of which only the answers are learnt."
     ),
 ]
 HoldoutOption = Annotated[float, typer.Option(min=0, help="For test/: below 1 a share, from 1 on a number.")]
@@ -96,7 +98,13 @@ ScaleOption = Annotated[
     float, typer.Option(rich_help_panel="Arrays", help="Multiplies the values, to make them 0 to 255.")
 ]
 TokenizerOption = Annotated[
-    Path | None, typer.Option(rich_help_panel="Text", help="tokenizer.json to use; without it one is trained.")
+    Path | None,
+    typer.Option(
+        rich_help_panel="Text", help="tokenizer.json or its folder; without it one is trained (not for chats)."
+    ),
+]
+TemplateOption = Annotated[
+    Path | None, typer.Option(rich_help_panel="Text", help="Chat template (Jinja) instead of the tokenizer's own.")
 ]
 VocabularyOption = Annotated[
     int, typer.Option(min=257, rich_help_panel="Text", help="Tokens of the tokenizer that is trained.")
@@ -133,6 +141,7 @@ def pack(
     labels: LabelsOption = None,
     scale: ScaleOption = 1.0,
     tokenizer: TokenizerOption = None,
+    template: TemplateOption = None,
     vocabulary: VocabularyOption = 8192,
     length: LengthOption = 512,
     pattern: PatternOption = None,
@@ -150,6 +159,7 @@ def pack(
     arrays = packer.Arrays(shape=_shape(shape), label=label.value, labels=labels, scale=scale)
     patterns, excluded = tuple(pattern or packer.PATTERNS), tuple(exclude or ())
     text = packer.Text(length, vocabulary, tokenizer, patterns=patterns, exclude=excluded)
+    chats = packer.Chats(length, tokenizer, template)
     columns = packer.Columns(tuple(map(_member, field or ())), key, files)
     chosen = _chosen(only, leave_out, prefix_keys)
     asked = (
@@ -161,7 +171,7 @@ def pack(
         if only or leave_out or prefix_keys
         else None
     )
-    packed_by = partial(packer.pack, source, out, packing, kind=asked, arrays=arrays, text=text)
+    packed_by = partial(packer.pack, source, out, packing, kind=asked, arrays=arrays, text=text, chats=chats)
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
         stack.enter_context(cli_data.goes_on())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,11 +38,12 @@ def evaluate(config: Config, task: Task, engine: Engine, world: World) -> dict[s
     return metrics
 
 
-def _score_sets(which: str, config: Config, task: Task, engine: Engine, world: World) -> dict[str, float]:
+def _score_sets(which: str, config: Config, task: Any, engine: Engine, world: World) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, folder in config.data.evaluate.items():
         sums = _score(Path(folder), config, task, engine, world)
         found = means(sums, world.gather(flat(sums)))
+        found |= task.derive(found) if hasattr(task, "derive") else {}
         metrics |= {f"eval/{name}/{which}{metric}": value for metric, value in found.items()}
     return metrics
 

@@ -11,12 +11,14 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipeline.problems import InvalidConfig, Problem, nearest
+from pipeline.problems import InvalidConfig, Problem, explain, nearest
 
+Section = TypeVar("Section", bound=BaseModel)
 FOLDER = Path(__file__).parent / "tasks"
 
 
@@ -58,6 +60,14 @@ def validate(section: object) -> BaseModel:
     except InvalidConfig as error:
         raise _at("name", error.problems[0].message, error.problems[0].suggestion, name) from None
     return module.Config.model_validate(section)
+
+
+def options(section: type[Section], given: Mapping[str, str]) -> Section:
+    """Key=value words of a command line, read as the keys of `section`. Raises `InvalidConfig` with all mistakes."""
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        raise InvalidConfig("the command line", explain(error, section, {})) from None
 
 
 def config_class(values: Mapping[str, object]) -> type[BaseModel] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -77,6 +77,13 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
     with bars:
         yield show
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Shows that something whose end is not known is going on, while it does; nothing when nobody watches."""
+    with _err.status(text) if _err.is_terminal else nullcontext():
+        yield
 
 
 def size(count: float) -> str:

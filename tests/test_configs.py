@@ -22,6 +22,11 @@ TOY: dict[str, list[str]] = {
         "task.model={hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2,"
         " num_key_value_heads: 1}",
     ],
+    "lstm": ["task.length=16", "task.model={hidden_size: 16, num_hidden_layers: 1}"],
+    "mamba2": [
+        "task.length=16",
+        "task.model={hidden_size: 16, num_hidden_layers: 1, num_heads: 4, head_dim: 8, state_size: 8, n_groups: 1}",
+    ],
 }
 
 
@@ -34,10 +39,10 @@ def two_steps(world: World, names: list[str], work: Path) -> dict[str, list[dict
     found: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         path = ROOT / "configs" / name
-        task = configs.load_resolved(path).task.name
-        data = made[task]
+        section: Any = configs.load_resolved(path).task
+        task, data = section.name, made[section.name]
         toy = [
-            *TOY[task],
+            *(TOY.get(getattr(section, "architecture", None) or "") or TOY[task]),
             f"data.train={data}",
             f"data.evaluate={{test: {data}}}",
             "steps=2",

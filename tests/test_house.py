@@ -36,6 +36,7 @@ LAYERS = [
         "ema",
         "evaluate",
         "show",
+        "sample",
         "node",
         "guard",
         "spikes",
@@ -55,7 +56,7 @@ LAYERS = [
     ["cli", "terminal", "__init__", "__main__"]
     + [
         f"cli_{name}"
-        for name in ("checkpoint", "data", "export", "pack", "report", "resume", "submit", "sweep", "track")
+        for name in ("checkpoint", "data", "export", "pack", "report", "resume", "sample", "submit", "sweep", "track")
     ],
 ]
 FENCES = {

@@ -28,7 +28,7 @@ tags: [millstream]
 
 # {run}, after {step:,} steps
 
-    from transformers import {opener}
+{first}    from transformers import {opener}
     model = {opener}.from_pretrained("{folder}")
 
 | | |
@@ -51,11 +51,14 @@ def write_beside(plan: Plan, path: Path, manifest: Manifest, staging: Path, fold
         (staging / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n", encoding="utf-8")
     exported.write_settings(plan.module, staging, dtype)
     notes = _write_task_settings(manifest, staging)
+    if needs := exported.needs(plan.module):
+        notes.append(f"this network is Millstream's own: `import {needs}` before transformers opens it")
     configuration = json.dumps(manifest.config, sort_keys=True).encode()
     page = PAGE.format(
         run=manifest.config.get("name", "a run"),
         step=manifest.step,
         opener=opener,
+        first=f"    import {needs}\n" if needs else "",
         folder=folder.name,
         network=type(plan.module).__name__,
         parameters=sum(parameter.numel() for parameter in plan.module.parameters()),

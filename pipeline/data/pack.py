@@ -2,9 +2,9 @@
 
     source (folders.py, table.py, arrays.py, tars.py) -> spool -> train/ and test/, each with index and card
 
-Text becomes rows of tokens on a way of its own (text.py). Class names go beside the shards (classes.json), class
-numbers into them. Shards get equal numbers of samples, which after shuffling is nearly equal bytes; where it is not,
-shards are cut between equal numbers and equal bytes.
+Text and chats become rows of tokens on a way of their own (text.py, chats.py). Class names go beside the shards
+(classes.json), class numbers into them. Shards get equal numbers of samples, which after shuffling is nearly equal
+bytes; where it is not, shards are cut between equal numbers and equal bytes.
 
 What it gives up: writing to a URL; pack into a folder, and `millstream data send` that.
 """
@@ -24,6 +24,7 @@ import numpy as np
 from pipeline.data import arrays as arrays_module
 from pipeline.data import parallel, rows, spool, table
 from pipeline.data.arrays import Arrays, array_source
+from pipeline.data.chats import Chats, pack_chats
 from pipeline.data.columns import Columns
 from pipeline.data.corpus import PATTERNS, find_files
 from pipeline.data.folders import class_files, folder_source
@@ -49,7 +50,7 @@ from pipeline.data.writer import (
 )
 from pipeline.errors import DataError
 
-Kind = Literal["images", "audio", "arrays", "table", "tars", "text"]
+Kind = Literal["images", "audio", "arrays", "table", "tars", "text", "chats"]
 CALLED: dict[Kind, str] = {"text": "text files", "audio": "sounds", "table": "tables"}
 UNEVEN = 1.1  # times the mean: shards of equal numbers that are larger than this are cut otherwise
 
@@ -62,6 +63,7 @@ def pack(
     kind: Kind | None = None,
     arrays: Arrays | None = None,
     text: Text | None = None,
+    chats: Chats | None = None,
     columns: Columns | None = None,
     chosen: Chosen | None = None,
     mapping: Mapping | None = None,
@@ -83,6 +85,8 @@ def pack(
     kind = kind or detect(source, text.patterns)
     if kind == "text":
         return pack_text(source, out, packing, text, progress=progress)
+    if kind == "chats":
+        return pack_chats(source, out, packing, chats or Chats(), progress=progress)
     if kind in ("images", "audio"):
         found = folder_source(source, kind)
     elif kind == "arrays":

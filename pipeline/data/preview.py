@@ -19,7 +19,7 @@ from pipeline.data import sheet
 from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.sheet import Shown, Sound
 from pipeline.data.sound import Audio
-from pipeline.data.text import load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
 
 COUNTED = 100_000  # samples whose class is read when no card tells
@@ -104,9 +104,11 @@ class _Show:
             return f"{sheet.sound_line(value)}, {len(sample.raw(field)):,} bytes"
         if isinstance(value, np.ndarray):
             text = self.text(value) if field == "npy" else None
+            if field == "mask.npy" and "npy" in sample and value.shape == sample["npy"].shape:
+                text = self.text(sample["npy"][value != 0])
             what = f"{value.dtype}[{', '.join(map(str, value.shape))}]"
             if text is not None:
-                return f"{what} {_short(text, characters)!r}"
+                return f"{what} {'learnt: ' * (field != 'npy')}{_short(text, characters)!r}"
             if not value.size:
                 return what
             ends = f", {value.min():g} to {value.max():g}" if np.issubdtype(value.dtype, np.number) else ""

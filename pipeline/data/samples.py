@@ -130,6 +130,10 @@ class Samples:
         """A buffer for the values of `name`, to be filled and given back as the micro batch's; its content is old."""
         return self._empty(name, shape, dtype)
 
+    def has(self, field: str) -> np.ndarray:
+        """bool[m]: which of the samples have a field."""
+        return self._lookup.column(field).lengths[self._range] >= 0
+
     def values(self, field: str) -> np.ndarray | None:
         """int64[m], whole numbers that the index holds (such as cls); None when it does not hold all of them."""
         values = self._lookup.values(field)

@@ -12,14 +12,12 @@ text.json beside the shards has what bits per byte are computed from, and what `
 
 from __future__ import annotations
 
-import json
 import lzma
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,7 @@ import numpy as np
 
 from pipeline.data.corpus import PATTERNS, Corpus, find_files, look_through
 from pipeline.data.source import fingerprint
+from pipeline.data.tokenizer import PIECE_CHARACTERS, end_of_text, is_lossless, load_tokenizer, train
 from pipeline.data.work import Work, put, work_folder
 from pipeline.data.writer import (
     MEMBER_BYTES,
@@ -47,8 +46,6 @@ from pipeline.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # ours, then others in use
-PIECE_CHARACTERS = 1 << 20  # longer documents are tokenized in pieces that end with a line
 GROUP_CHARACTERS = 4 << 20  # tokenized at once, on all cores
 XZ_LIMIT_BYTES = 1 << 28  # xz takes a second for 2 MB; beyond this its figure is left out
 
@@ -90,8 +87,8 @@ def pack_text(source: Path, out: Path, packing: Packing, text: Text, *, progress
         facts: dict[str, Any] = {
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,
             "length": text.length,
-            "eot_id": _end_of_text(tokenizer, text),
-            "lossless": _is_lossless(tokenizer, corpus.texts(np.ones_like(mask))),
+            "eot_id": end_of_text(tokenizer, text.tokenizer, text.end_of_text),
+            "lossless": is_lossless(tokenizer, corpus.texts(np.ones_like(mask))),
         }
         if not text.tokenizer and facts["vocab_size"] < text.vocab_size:
             warnings.append(f"the text gives a vocabulary of {facts['vocab_size']} tokens, not {text.vocab_size}")
@@ -106,79 +103,12 @@ def pack_text(source: Path, out: Path, packing: Packing, text: Text, *, progress
     return Packed(out, rows, (*work.warnings, *warnings))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of a folder of transformers that has one; raises DataError."""
-    from tokenizers import Tokenizer
-
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise DataError(f"no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing more exact
-        raise DataError(f"{file} is no tokenizer that can be read: {error}") from error
-    tokenizer.no_truncation()  # both may be set in the file, and would cut or fill documents without a word
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" spelled out in a document is text
-    return tokenizer
-
-
 def _tokenizer(work: Work, corpus: Corpus, mask: np.ndarray, text: Text, progress: Progress) -> Tokenizer:
     """The one that is given, or one of these documents, trained now or before a packing was stopped."""
     path = text.tokenizer or work.folder / "tokenizer.json"
     if not text.tokenizer and not path.exists():
-        put(path, [_train(corpus, mask, text.vocab_size, progress).to_str(pretty=True).encode()])
+        put(path, [train(corpus, mask, text.vocab_size, progress).to_str(pretty=True).encode()])
     return load_tokenizer(path)
-
-
-def _train(corpus: Corpus, mask: np.ndarray, vocab_size: int, progress: Progress) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2) from the chosen documents only."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < 257:
-        raise DataError(
-            f"a vocabulary of {vocab_size} cannot hold the 256 bytes and the end of text; give at least 257"
-        )
-
-    def texts() -> Iterator[str]:
-        for i, text in enumerate(corpus.texts(mask)):
-            yield text
-            progress("train tokenizer", i + 1, int(mask.sum()))
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT[0]],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts(), trainer)
-    return tokenizer
-
-
-def _end_of_text(tokenizer: Tokenizer, text: Text) -> int:
-    """The id of the token between documents: the one asked for, the tokenizer's own, or one known by its name."""
-    names: list[str | None] = [text.end_of_text] if text.end_of_text else [*END_OF_TEXT]
-    settings = (text.tokenizer / "tokenizer_config.json") if text.tokenizer and text.tokenizer.is_dir() else None
-    if settings and settings.is_file() and not text.end_of_text:
-        own = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        names.insert(0, own.get("content") if isinstance(own, dict) else own)
-    for name in names:
-        number = tokenizer.token_to_id(name) if name else None
-        if number is not None:
-            return number
-    raise DataError(
-        f"the tokenizer has no end-of-text token ({' '.join(filter(None, names))}); name one it has (end_of_text)"
-    )
-
-
-def _is_lossless(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
-    """Whether the first documents come back from their tokens unchanged."""
-    pieces = [text[:PIECE_CHARACTERS] for text in islice(texts, 16)]
-    ids = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
-    return tokenizer.decode_batch(ids, skip_special_tokens=False) == pieces
 
 
 def _write_part(
@@ -230,10 +160,11 @@ def _row(stream: np.ndarray, starts: np.ndarray, row: int, length: int) -> dict[
     low = row * length
     tokens = stream[low : low + length + 1]
     first, last = np.searchsorted(starts, (low, low + len(tokens)))
-    return {"npy": _npy(tokens), "starts.npy": _npy((starts[first:last] - low).astype(np.uint32))}
+    return {"npy": npy(tokens), "starts.npy": npy((starts[first:last] - low).astype(np.uint32))}
 
 
-def _npy(values: np.ndarray) -> bytes:
+def npy(values: np.ndarray) -> bytes:
+    """An array as the bytes of a .npy file."""
     buffer = BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -262,7 +193,7 @@ def _tokenize(
                 progress("tokenize", len(starts), count)
             file.flush()
             os.fsync(file.fileno())
-        put(begins_path, [_npy(np.array(starts, np.int64))])
+        put(begins_path, [npy(np.array(starts, np.int64))])
     size = path.stat().st_size // dtype.itemsize
     return np.memmap(path, dtype=dtype, mode="r", shape=(size,)), np.load(begins_path)
 

@@ -24,13 +24,14 @@ from pipeline.errors import DataError
 class Vocabulary:
     """`size`: one more than the largest token; `byte_lengths`: int64 [size], or None when the tokenizer is not
     byte-level; `end_of_text` and `length` (tokens predicted per row): from text.json, which the packer writes beside
-    it, else None.
+    it, else None; `chats`: whether that says that rows hold chats.
     """
 
     size: int
     byte_lengths: np.ndarray | None
     end_of_text: int | None
     length: int | None
+    chats: bool = False
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -57,7 +58,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
                 byte_lengths[end_of_text] = 0
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is no tokenizer.json that can be read ({type(error).__name__}: {error})") from error
-    return Vocabulary(size, byte_lengths, end_of_text, length)
+    return Vocabulary(size, byte_lengths, end_of_text, length, "chats" in facts)
 
 
 def _types(step: Any) -> Iterator[str]:

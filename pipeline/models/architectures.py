@@ -2,15 +2,18 @@
 
 Options are the fields of that type's own configuration class, so its documentation is the reference. Transformers
 takes any keyword and forgets those it does not know; here they are refused, with the nearest field that exists.
-Nothing is ever downloaded. What it gives up: model types whose code is not part of transformers ("remote code").
+Networks of our own with the same face (lstm.py) are model types like the others. Nothing is ever downloaded. What it
+gives up: model types whose code is not part of transformers ("remote code").
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pipeline.errors import ConfigError
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 Head = Literal["image classification", "causal language modeling"]
 HEADS: tuple[Head, ...] = get_args(Head)
+OWN: dict[Head, dict[str, str]] = {"causal language modeling": {"lstm": "LstmForCausalLM"}}  # files here, their classes
 
 
 def configure(
@@ -46,6 +50,7 @@ def configure(
     if architecture not in known_types:
         hint = nearest(architecture, known_types) or f"known: {', '.join(known_types)}"
         raise ConfigError(f"task.architecture: transformers has no {architecture!r} for {head}; {hint}")
+    _know_own(architecture)
     config_class = transformers.AutoConfig.for_model(architecture).__class__
     fields = option_names(config_class)
     problems = [
@@ -108,6 +113,7 @@ def pretrained_config(folder: Path) -> PreTrainedConfig:
             "`millstream checkpoint export` wrote (nothing is downloaded)"
         )
     try:
+        _know_own(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"task.pretrained: {folder}/config.json cannot be read: {error}") from error
@@ -117,7 +123,9 @@ def kept_config(description: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration that a checkpoint keeps of its network (exported.describe)."""
     import transformers
 
-    return transformers.AutoConfig.for_model(description["model_type"]).from_dict(dict(description))
+    _know_own(description["model_type"])
+    values = transformers.PreTrainedConfig._decode_special_floats(dict(description))  # JSON has no infinity
+    return transformers.AutoConfig.for_model(values["model_type"]).from_dict(values)
 
 
 def load(head: Head, folder: Path, config: PreTrainedConfig, new_head: bool = False) -> tuple[nn.Module, Weights]:
@@ -134,6 +142,11 @@ def load(head: Head, folder: Path, config: PreTrainedConfig, new_head: bool = Fa
 def has_head(head: Head, config: PreTrainedConfig) -> bool:
     """Whether a pretrained folder with this configuration says that it has this kind of head."""
     return any(name in model_names(head).values() for name in config.architectures or ())
+
+
+def _know_own(model_type: str | None) -> None:
+    if any(model_type in names for names in OWN.values()):
+        own_module(str(model_type))
 
 
 def _on_meta(head: Head, config: PreTrainedConfig) -> nn.Module:
@@ -167,7 +180,21 @@ def model_names(head: Head) -> Mapping[str, Any]:
     """Model type -> name of its class with this head."""
     from transformers.models.auto import modeling_auto
 
-    return {
+    theirs = {
         "image classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         "causal language modeling": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }[head]
+    return {**theirs, **OWN.get(head, {})}
+
+
+def class_named(name: str) -> Any:
+    """The class of a network by its name, of transformers or our own; None when there is none."""
+    import transformers
+
+    own = [module for names in OWN.values() for module, each in names.items() if each == name]
+    return getattr(own_module(own[0]) if own else transformers, name, None)
+
+
+def own_module(model_type: str) -> ModuleType:
+    """The file of a network that is our own; from then on transformers' automatic classes know it too."""
+    return importlib.import_module(f"pipeline.models.{model_type}")

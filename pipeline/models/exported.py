@@ -40,7 +40,7 @@ def rebuild(description: Mapping[str, Any]) -> nn.Module:
     from pipeline.models import pretrained
 
     [name] = description["architectures"]
-    cls = getattr(transformers, name, None)
+    cls = architectures.class_named(name)
     if cls is None:
         raise ValueError(f"transformers {transformers.__version__} has no {name}")
     config = architectures.kept_config(description)
@@ -76,6 +76,12 @@ def write_settings(module: nn.Module, folder: Path, dtype: str) -> None:
     config.save_pretrained(folder)
     if module.can_generate():  # type: ignore[operator]
         GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def needs(module: nn.Module) -> str | None:
+    """What must be imported before transformers opens the folder: the file of a network that is our own."""
+    place = type(module).__module__
+    return place if place.startswith("pipeline.") else None
 
 
 def opener(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ MFU figures), forward and backward; what is left out, norms and activations, is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,21 @@ def count(build: Callable[[], nn.Module], example: Callable[[], Mapping[str, Ten
     """
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         module = build().train()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter:
             module(**example()).logits.sum().backward()
     return float(counter.get_total_flops())
+
+
+def _of_a_layer(x: torch.Size, first: torch.Size, second: torch.Size, *rest: Any, **more: Any) -> int:
+    """A fused LSTM layer: two products a step and row, input [steps, m, inputs] and weights [4 * hidden, *]."""
+    return 2 * x[0] * x[1] * (first.numel() + second.numel())
+
+
+def _of_its_backward(x: torch.Size, first: torch.Size, second: torch.Size, *rest: Any, **more: Any) -> int:
+    return 2 * _of_a_layer(x, first, second)
+
+
+_FUSED = {
+    torch.ops.aten.mkldnn_rnn_layer: _of_a_layer,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _of_its_backward,
+}

@@ -18,7 +18,16 @@ not read: `kept` is then what the checkpoint says of the network. Other tasks ne
 
 A task may have `show(model, batch) -> list[Row]`: what the network makes of each sample of a micro batch, for people to
 look at. It is asked after an evaluation, about the same samples on every rank, so all ranks call the network alike.
-And `unit`: what a term of its loss is ("tokens"), to tell how many of them a second are trained on.
+A task may have `derive(metrics) -> dict`: what follows from the mean metrics of a whole held-out set, such as
+perplexity from the loss. And `unit`: what a term of its loss is ("tokens"), to tell how many of them a second are
+trained on.
+
+A task that generates has `sample(model, prompts, count, generator, options) -> list[Row]`, for `millstream sample`:
+`count` new samples for each of `prompts` (list[str]; empty: `count` without any), prompt by prompt. `model` is the bare
+network in fp32, in eval mode and without gradients, on the device of its parameters. All that is random is drawn from
+`generator`, a torch.Generator on the host, so that a seed says what comes out. `options` are the key=value words of the
+command line, both text; `task_file.options` reads them into a section of the task's own, with an error for each that
+does not fit. Texts and numbers of a row are printed, pictures are written as PNG, and all of them in one grid.
 
 The micro batch is the unit: a loss is a sum over its terms, never a mean, and the loop divides by the number of terms
 of the whole step. So padding and short batches weigh exactly nothing, at any number of workers.

@@ -4,10 +4,11 @@
 
 Rows come packed from data/text.py: every token of the text but the very first is the target of exactly one row, so
 sums over a held-out set are those of its whole text. They are told in bits per byte, which compares between
-tokenizers and with file compressors. Attention is causal over the whole row, across the documents in it.
+tokenizers and with file compressors. Rows of chats (data/chats.py) have targets only where an answer stands. Attention
+is causal over the whole row or, with `attention: document`, over the document that a token belongs to.
 
 Batch: "tokens" int64 [m, length], "labels" int64 [m, length] (-100: no target), "bytes" int64 [m] (of text in the
-row's targets).
+row's targets), and where documents are kept apart "positions" int64 [m, length].
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from pipeline import task_file
+from pipeline.data.token_rows import IGNORED, TokenRows
 from pipeline.data.vocabulary import read_vocabulary
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
 from pipeline.sections import Strict
 from pipeline.tasks import Batch, Row, Sums
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from pipeline.models.pretrained import Weights
 
 CONTEXT, CONTINUED = 96, 16  # tokens of a row that are shown, at the most, and that the network adds to them
-IGNORED = -100  # what torch's cross-entropy leaves out by default
+LARGEST_EXPONENT = 700.0  # e to this is still a float
 HEAD = "causal language modeling"
 
 
@@ -47,6 +51,7 @@ class Config(Strict):
     tokenizer: Path = Field(description="tokenizer.json beside the shards, written when the text was packed")
     length: int = Field(ge=1, description="tokens predicted per row; as packed")
     architecture: str | None = Field(default=None, description="transformers model type: llama, gpt2, qwen3 ...")
+    attention: Literal["row", "document"] = Field(default="row", description="what a token sees of those before it")
     model: dict[str, Any] = Field(default={}, description="options of the architecture, as in its transformers config")
     pretrained: Path | None = Field(default=None, description="folder of a pretrained network, instead of architecture")
 
@@ -79,12 +84,13 @@ class Task:
                 f"task.length: rows beside {config.tokenizer} were packed with length {packed}, not {config.length}; "
                 f"set task.length to {packed}, or pack again"
             )
+        self.rows = TokenRows(config.tokenizer, self.vocabulary, config.length, config.attention == "document")
         self.weights: Weights | None = None
         self._flops: float | None = None
 
     def build_model(self, kept: Mapping[str, Any] | None = None) -> nn.Module:
         """input_ids [m, length] -> `.logits` [m, length, vocabulary]. Raises ConfigError."""
-        from pipeline.models import architectures
+        from pipeline.models import architectures, documents
 
         config = self._network(kept)
         if self.config.pretrained is None:
@@ -93,6 +99,8 @@ class Task:
             model = architectures.empty(HEAD, config)
         else:
             model, self.weights = architectures.load(HEAD, self.config.pretrained, config)
+        if self.config.attention == "document":
+            documents.require(model)
         return model
 
     def write_settings(self, folder: Path) -> None:
@@ -101,7 +109,8 @@ class Task:
 
         file = self.config.tokenizer
         if (file.parent / "tokenizer_config.json").is_file():
-            for path in (file, *sorted(file.parent.glob("*token*.*"))):
+            templates = sorted(file.parent.glob("chat_template.*"))
+            for path in (file, *sorted(file.parent.glob("*token*.*")), *templates):
                 shutil.copyfile(path, folder / path.name)
             return
         end = self.vocabulary.end_of_text
@@ -112,32 +121,12 @@ class Task:
         tokenizer.save_pretrained(folder)
 
     def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        """{"tokens": int64 [length], "labels": int64 [length], "bytes": int64 []}; short rows end in ignored labels.
-
-        Raises DataError naming the sample when it is no row of tokens, too long, or of another vocabulary.
-        """
-        row, length = self._row(sample), self.config.length
-        terms = len(row) - 1
-        tokens = np.zeros(length, dtype=np.int64)  # attention is causal: no target sees what stands behind a short row
-        labels = np.full(length, IGNORED, dtype=np.int64)
-        tokens[:terms], labels[:terms] = row[:-1], row[1:]
-        lengths = self.vocabulary.byte_lengths
-        size = lengths[row[1:]].sum() if lengths is not None else 0
-        return {"tokens": tokens, "labels": labels, "bytes": np.array(size, dtype=np.int64)}
+        """A row as the arrays of a batch; raises DataError when it is none (see data/token_rows.py)."""
+        return self.rows.prepare(sample)
 
     def gather(self, samples: Samples) -> dict[str, np.ndarray] | None:
-        """What `prepare` gives for each, for all rows at once when all of them are whole; else None."""
-        rows = samples.array("npy")  # [m, length + 1]
-        m, length, size = len(samples), self.config.length, self.vocabulary.size
-        if rows is None or rows.shape != (m, length + 1) or rows.dtype.kind not in "ui":
-            return None
-        if rows.max() >= size or rows.min() < 0:
-            return None
-        tokens, labels = (samples.empty(name, (m, length), np.int64) for name in ("tokens", "labels"))
-        tokens[...], labels[...] = rows[:, :-1], rows[:, 1:]
-        lengths = self.vocabulary.byte_lengths
-        sizes = np.zeros(m, np.int64) if lengths is None else lengths[labels].sum(axis=1)
-        return {"tokens": tokens, "labels": labels, "bytes": sizes}
+        """What `prepare` gives for each, for all rows at once when all of them are whole and plain; else None."""
+        return self.rows.gather(samples)
 
     def weight(self, batch: Batch) -> float:
         """One term per target."""
@@ -147,8 +136,8 @@ class Task:
         """Cross-entropy in nats, summed over the targets."""
         from torch.nn import functional
 
-        tokens, labels = batch["tokens"], batch["labels"]  # [m, length] each
-        logits = model(input_ids=tokens, use_cache=False).logits  # [m, length, V]
+        labels = batch["labels"]  # [m, length]
+        logits = model(**_inputs(batch), use_cache=False).logits  # [m, length, V]
         nats = functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -156,6 +145,10 @@ class Task:
         if self.vocabulary.byte_lengths is not None:
             sums["bits_per_byte"] = (nats.detach() / math.log(2), batch["bytes"].sum())
         return nats, sums
+
+    def derive(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Perplexity, beside the mean loss that it is the exponential of."""
+        return {"perplexity": math.exp(min(metrics["loss"], LARGEST_EXPONENT))}
 
     def score(self, model: Callable[..., Any], batch: Batch) -> Sums:
         """The same sums; there is nothing that only training does."""
@@ -165,26 +158,22 @@ class Task:
         """The first half of each row, how the network goes on from there (its likeliest token each time), how the text
         does, and the mean loss of that in nats. Takes as many forward passes as tokens are added, whatever the rows.
         """
-        import torch
         from torch.nn import functional
+
+        from pipeline.data.tokenizer import decoder
+        from pipeline.models import generation
 
         length = self.config.length
         width = min(length, CONTEXT + CONTINUED - 1)
         longest = min(CONTEXT, max(1, length // 2))
-        tokens, labels = batch["tokens"][:, :width].clone(), batch["labels"][:, :width]  # [m, width] each
+        labels = batch["labels"][:, :width]  # [m, width]
         begin = ((batch["labels"] != IGNORED).sum(dim=1) // 2).clamp(1, longest)  # [m], tokens of context
-        row = torch.arange(len(tokens), device=tokens.device)
-        added: list[Tensor] = []
-        nats = torch.empty(0)
-        for turn in range(min(CONTINUED, width + 1 - longest)):
-            place = begin + turn  # attention is causal: what stands from there on in `tokens` is not seen
-            logits = model(input_ids=tokens, use_cache=False).logits[..., : self.vocabulary.size]
-            if turn == 0:
-                nats = functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
-            added.append(logits[row, place - 1].argmax(dim=-1))
-            tokens[row, place.clamp(max=width - 1)] = added[-1]  # the last one may be behind the end, and is not read
-        follows = [slice(first - 1, first - 1 + len(added)) for first in begin.tolist()]  # of the labels
-        decode, continued = self._decoder(), torch.stack(added, dim=1).tolist()
+        turns = min(CONTINUED, width + 1 - longest)
+        inputs = {name: values[:, :width] for name, values in _inputs(batch).items()}
+        added, logits = generation.likeliest(model, inputs, begin, turns, self.vocabulary.size)
+        nats = functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
+        follows = [slice(first - 1, first - 1 + turns) for first in begin.tolist()]  # of the labels
+        decode, continued = decoder(self.config.tokenizer, self.vocabulary), added.tolist()
         return [
             {
                 "context": decode(batch["tokens"][i, : part.start + 1].tolist()),
@@ -194,6 +183,20 @@ class Task:
             }
             for i, part in enumerate(follows)
         ]
+
+    def sample(
+        self, model: Any, prompts: list[str], count: int, generator: torch.Generator, options: Mapping[str, str]
+    ) -> list[Row]:
+        """What the network writes: {"text": the prompt and what follows, "tokens": how many were added}.
+
+        A prompt stands at the beginning of a document, as the rows have them; in a chat it is what the user says, and
+        "text" is the answer alone. Options: models/writing.py.
+        """
+        from pipeline.models.writing import Writing, write_texts
+
+        asked, file = task_file.options(Writing, options), self.config.tokenizer
+        written = write_texts(model, prompts, count, generator, asked, file, self.vocabulary)
+        return [{"text": text, "tokens": tokens} for text, tokens in written]
 
     def flops_per_sample(self) -> float:
         """Forward and backward of one row, counted once from the graph."""
@@ -206,15 +209,6 @@ class Task:
             build = partial(architectures.build, HEAD, config)
             self._flops = flops.count(build, lambda: {"input_ids": torch.zeros(shape, dtype=torch.long)})
         return self._flops
-
-    def _decoder(self) -> Callable[[list[int]], str]:
-        """Tokens -> their text; bytes that are part of a character show as a replacement sign."""
-        from tokenizers import Tokenizer, decoders
-
-        tokenizer = Tokenizer.from_file(str(self.config.tokenizer))
-        if tokenizer.decoder is None and self.vocabulary.byte_lengths is not None:
-            tokenizer.decoder = decoders.ByteLevel()
-        return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
 
     def _network(self, kept: Mapping[str, Any] | None = None) -> PreTrainedConfig:
         """Its configuration in transformers: from the options, the pretrained folder, or what a checkpoint kept."""
@@ -256,21 +250,8 @@ class Task:
         if isinstance(positions, int) and positions < self.config.length:
             raise ConfigError(f"{place} has {positions} positions, too few for task.length {self.config.length}")
 
-    def _row(self, sample: Sample) -> np.ndarray:
-        """int64 [2 to length + 1]"""
-        row = sample["npy"]
-        if row.ndim != 1 or row.dtype.kind not in "ui":
-            raise DataError(f"sample {sample.key} is {row.dtype}{list(row.shape)}, not a row of whole numbers")
-        if not 2 <= len(row) <= self.config.length + 1:
-            raise DataError(
-                f"sample {sample.key} has {len(row)} tokens; with task.length {self.config.length} a row has 2 to "
-                f"{self.config.length + 1}; set task.length as the text was packed"
-            )
-        row = row.astype(np.int64)
-        unknown = row[(row < 0) | (row >= self.vocabulary.size)]
-        if len(unknown):
-            raise DataError(
-                f"sample {sample.key} has token {unknown[0]}, but {self.config.tokenizer} "
-                f"knows 0 to {self.vocabulary.size - 1}; give the tokenizer the shards were packed with"
-            )
-        return row
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the network is called with: tokens, and positions where they say which document a token belongs to."""
+    positions = {"position_ids": batch["positions"]} if "positions" in batch else {}
+    return {"input_ids": batch["tokens"], **positions}

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline import cli_export, tasks
+from pipeline.checkpoint import weights
 from pipeline.checkpoint.export import Exported, export
 from pipeline.data import augment
 from pipeline.errors import CheckpointError
@@ -125,6 +126,15 @@ def test_text_is_taken_apart_as_in_training(saved: dict[str, Saved], tmp_path: P
     assert theirs("naïve text\n")["input_ids"] == ours.encode("naïve text\n").ids
     tokens = opened(done).generate(**theirs("abc", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert tokens.shape[1] == 7
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_bare_network_has_the_masters_too(saved: dict[str, Saved], name: str) -> None:
+    loaded = weights.load(saved[name].run)
+    tensors = [*loaded.module.named_parameters(), *loaded.module.named_buffers()]
+    held = {key: tensor for key, tensor in tensors if key in saved[name].manifest.parameters}
+    assert held.keys() == saved[name].manifest.parameters.keys() and len(held) > 8
+    assert all(torch.equal(tensor, saved[name].master(key).to(tensor.dtype)) for key, tensor in held.items())
 
 
 def test_averages_are_exported_when_they_were_kept(saved: dict[str, Saved], tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from pipeline.data import text as text_module
 from pipeline.data.pack import pack
 from pipeline.data.reader import open_dataset
-from pipeline.data.text import Text, load_tokenizer, pack_text
+from pipeline.data.text import Text, pack_text
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.writer import Packing
 from pipeline.errors import DataError
 

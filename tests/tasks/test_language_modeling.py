@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,15 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from pipeline import initial
-from pipeline.data import index
-from pipeline.data.reader import Sample, open_dataset
-from pipeline.data.samples import Lookup, Samples
+from pipeline.data.reader import open_dataset
 from pipeline.data.text import Text, pack_text
+from pipeline.data.token_rows import IGNORED
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.data.writer import Packing
 from pipeline.errors import ConfigError, DataError
 from pipeline.session import World
 from pipeline.tasks import Batch
-from pipeline.tasks.language_modeling import IGNORED, Config, Task
+from pipeline.tasks.language_modeling import Config, Task
 
 LENGTH = 16
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -66,20 +63,6 @@ def batch_of(task: Task, folder: Path, numbers: list[int] | None = None) -> Batc
         wanted = range(len(dataset)) if numbers is None else numbers
         rows = [task.prepare(dataset.sample(number), None) for number in wanted]
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-
-
-def sample_of(folder: Path, row: np.ndarray) -> Sample:
-    """One sample in a tar of its own, read back."""
-    folder.mkdir()
-    npy = io.BytesIO()
-    np.save(npy, row)
-    with tarfile.open(folder / "shard-000.tar", "w") as tar:
-        member = tarfile.TarInfo("verse.npy")
-        member.size = npy.tell()
-        npy.seek(0)
-        tar.addfile(member, npy)
-    index.build(folder)
-    return open_dataset(folder).sample(0)
 
 
 def test_bytes_of_all_rows_are_exactly_those_of_the_text(text: Path) -> None:
@@ -153,21 +136,6 @@ def test_a_short_row_counts_as_if_it_stood_alone(text: Path) -> None:
     assert task.weight(batch) == terms
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"), [("llama", LLAMA), ("gpt2", GPT2), ("qwen3", LLAMA | {"num_key_value_heads": 1})]
-)
-def test_one_batch_is_learnt_by_heart(text: Path, architecture: str, options: dict[str, Any]) -> None:
-    task = task_of(text, architecture=architecture, model=options | {"tie_word_embeddings": True})
-    model, batch = built(task), batch_of(task, text, [0, 1])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    for _ in range(80):
-        loss, sums = task.loss(model, batch)
-        optimizer.zero_grad()
-        (loss / task.weight(batch)).backward()
-        optimizer.step()
-    assert float(sums["loss"][0]) / task.weight(batch) < 0.3 and sums["bits_per_byte"][0] < sums["bits_per_byte"][1]
-
-
 def test_there_is_no_dropout_unless_asked_for(text: Path) -> None:
     plain, asked = (
         task_of(text, architecture="gpt2", model=GPT2 | more) for more in ({}, {"resid_pdrop": 0.5})
@@ -211,23 +179,6 @@ def test_a_section_that_cannot_be_is_refused_without_torch(text: Path) -> None:
         task_of(text, pretrained="folder")
     with pytest.raises(DataError, match=r"no file .*tokenizer.json"):
         task_of(text / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        (np.arange(LENGTH + 2), r"verse has 18 tokens; .* 2 to 17"),
-        (np.zeros(1, dtype=np.uint16), "verse has 1 tokens"),
-        (np.zeros(LENGTH, dtype=np.float32), r"verse is float32\[16\], not a row of whole numbers"),
-        (np.zeros((2, 4), dtype=np.uint16), r"verse is uint16\[2, 4\]"),
-        (np.array([1, 300, 2]), "verse has token 300, but .* knows 0 to 299"),
-        (np.array([1, -1, 2]), "verse has token -1"),
-    ],
-)
-def test_a_sample_that_is_no_row_is_named(tmp_path: Path, text: Path, row: np.ndarray, words: str) -> None:
-    sample = sample_of(tmp_path / "one", row)
-    with pytest.raises(DataError, match=words):
-        task_of(text).prepare(sample, None)
 
 
 def test_a_pretrained_folder_gives_its_weights(text: Path, tmp_path: Path) -> None:
@@ -275,26 +226,3 @@ def test_flops_are_those_of_products_and_attention(text: Path) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
     attention = 2 * 2 * LENGTH * LENGTH * 16 * 2  # two products of [T, T, width] in each of two layers
     assert task.flops_per_sample() == 3 * (2 * LENGTH * weights + attention)
-
-
-def test_gather_is_prepare_for_whole_rows(tmp_path: Path, text: Path) -> None:
-    """And None for a ragged row, or one with a token that the tokenizer does not know."""
-    task = task_of(text)
-    with open_dataset(text) as dataset:
-
-        def samples(numbers: list[int]) -> Samples:
-            return Samples(Lookup([dataset], np.zeros(len(numbers), np.int64), np.array(numbers)))
-
-        lengths = [len(dataset.sample(number)["npy"]) for number in range(len(dataset))]
-        whole = [number for number, length in enumerate(lengths) if length == LENGTH + 1]
-        ragged = [number for number in range(len(dataset)) if number not in whole]
-        got = task.gather(samples(whole))
-        assert got is not None and len(whole) > 3 and ragged
-        for name, expected in batch_of(task, text, whole).items():
-            assert torch.equal(torch.from_numpy(got[name]), expected), name
-        assert task.gather(samples([*whole, *ragged])) is None
-    row = np.full(LENGTH + 1, 300, np.uint16)
-    unknown = sample_of(tmp_path / "unknown", row)
-    with open_dataset(tmp_path / "unknown") as dataset:
-        zeros = np.zeros(1, np.int64)
-        assert unknown.number == 0 and task.gather(Samples(Lookup([dataset], zeros, zeros))) is None
