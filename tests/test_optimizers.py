@@ -19,7 +19,7 @@ from pipeline.session import World
 from tests import gloo, small_run
 
 NAMES: tuple[str, ...] = get_args(Optimizer)
-RATES = {"adadelta": 1.0, "sgd": 5e-2, "rmsprop": 1e-3}
+RATES = {"adadelta": 1.0, "sgd": 5e-2, "rmsprop": 1e-3, "lion": 2e-3}
 SAVED_AT, END, SAVED_STAGE = 4, 10, 2
 OFFLOADED = [("adamw", 1), ("adamw", 2), ("adamw", 3), ("sgd", 2)]
 SMALL_PARTS = {"sub_group_size": 300, "stage3_param_persistence_threshold": 40}
@@ -151,7 +151,6 @@ def test_the_table_says_what_torch_keeps(name: str) -> None:
         ("adafactor", "adafactor cannot serve: it looks at whole matrices"),
         ("Muon", "Muon cannot serve: it looks at whole matrices"),
         ("lbfgs", "lbfgs cannot serve: its line search runs"),
-        ("lion", "lion cannot serve: torch has none"),
         ("SparseAdam", "sparse gradients"),
         ("adagrad", "its parameter groups are lost"),
     ],
