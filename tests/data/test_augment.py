@@ -101,11 +101,11 @@ def test_fit_takes_the_centred_square_and_leaves_a_fitting_image_alone(channels:
 
 def test_fit_keeps_a_share_of_the_square() -> None:
     image = np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    assert np.array_equal(augment.fit(image, 24, 0.8), image[8:32, 3:27])  # 24 of 30 pixels, in the middle
+    assert np.array_equal(fit(image, 24, 0.8), image[8:32, 3:27])  # 24 of 30 pixels, in the middle
     by_pillow = Image.fromarray(image[8:32, 3:27]).resize((12, 12), Image.Resampling.BILINEAR)
-    assert np.abs(augment.fit(image, 12, 0.8).astype(int) - np.asarray(by_pillow)).max() <= 1
+    assert np.abs(fit(image, 12, 0.8).astype(int) - np.asarray(by_pillow)).max() <= 1
     square = image[:30]
-    assert augment.fit(square, 30) is square and not np.array_equal(augment.fit(square, 30, 0.5), square)
+    assert fit(square, 30) is square and not np.array_equal(fit(square, 30, 0.5), square)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
