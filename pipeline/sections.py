@@ -95,10 +95,10 @@ class Group(Strict):
     weight_decay: float | None = Field(default=None, ge=0, description="instead of optim.weight_decay")
 
 
-Optimizer = Literal["adamw", "adam", "nadam", "radam", "adamax", "adadelta", "rmsprop", "sgd", "lion"]
+Optimizer = Literal["adamw", "adam", "nadam", "radam", "adamax", "adadelta", "rmsprop", "sgd", "lion", "muon"]
 _WHOLE = "it looks at whole matrices or layers, and ZeRO gives each worker a flat slice of them"
 _NOT_ELEMENTWISE = {
-    **dict.fromkeys(("adafactor", "lamb", "lars", "muon", "shampoo", "soap"), _WHOLE),
+    **dict.fromkeys(("adafactor", "lamb", "lars", "shampoo", "soap"), _WHOLE),
     "lbfgs": "its line search runs a step's forward pass several times",
     "sparseadam": "it takes sparse gradients, which ZeRO does not",
     "adagrad": "DeepSpeed builds torch's anew at ZeRO 1 to 3, and its parameter groups are lost",
@@ -131,7 +131,7 @@ class Optim(Strict):
         default=(0.9, 0.999), description="decay of adam's and lion's two running means; rmsprop, adadelta: the second"
     )
     eps: float = Field(default=1e-8, gt=0, description="added to the denominator (all but sgd, lion)")
-    momentum: Decay = Field(default=0.9, description="decay of sgd's and rmsprop's running gradient, per step")
+    momentum: Decay = Field(default=0.9, description="decay of sgd's, rmsprop's, muon's running gradient, per step")
     nesterov: bool = Field(default=False, description="sgd looks one momentum step ahead")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null: any")
     freeze: tuple[str, ...] = Field(default=(), description="globs over names of parameters that are not trained")

@@ -167,4 +167,4 @@ def test_allocated_state_steps_as_torchs_own_first_step(settings):
 
 def test_an_optimizer_of_unknown_state_is_refused():
     with pytest.raises(ConfigError, match="Adagrad"):
-        optim.state_keys(torch.optim.Adagrad(network().parameters()))
+        optim.state_keys(torch.optim.Adagrad(network().parameters()), {})
