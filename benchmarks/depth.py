@@ -32,7 +32,7 @@ import yaml
 KINDS = {"plain": (False, False), "residual": (True, False), "normalised": (False, True), "both": (True, True)}
 DEPTHS = (8, 20, 56)
 RATES = (0.1, 0.01)
-SIZES = {"toy": {"steps": 3, "width": 2, "batch": 16}, "full": {"steps": 300, "width": 8, "batch": 64}}
+SIZES = {"toy": {"steps": 3, "width": 2, "batch": 16}, "full": {"steps": 300, "width": 8, "batch": 32}}
 LAST = 20  # steps whose loss is averaged
 LEARNT, CHANCE = (
     0.9,
