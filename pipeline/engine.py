@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import initial, optim
+from pipeline import initial, muon, optim
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.loss_scale import LossScale
@@ -36,7 +36,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 from deepspeed.utils.logging import logger as deepspeed_logger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,10 +61,16 @@ class Engine:
         self.dtype = DTYPES[config.precision.dtype]
         self.offloaded = config.zero.offload_optimizer is not None
         self.clip = config.optim.clip
+        self.muon = config.optim.name == "muon"
         self.scaler = LossScale() if self.dtype == torch.float16 else None
         self.summed = _sum_in_fp32(self.module) if self.stage == 0 and not self.plain else []
-        tensors, self.number_keys = optim.state_keys(self.optimizer)
-        self.state_keys = (*tensors, optim.EMA) if config.ema else tensors
+        self.number_keys = optim.state_keys(self.optimizer, self.param_groups[0])[1]
+        average = (optim.EMA,) if config.ema else ()
+        self.state_keys: dict[str, tuple[str, ...]] = {  # canonical name of a trained parameter -> what is kept of it
+            name: (*optim.state_keys(self.optimizer, group)[0], *average)
+            for group in self.param_groups
+            for name in group["parameters"]
+        }
         self.hyperparameters = _hyperparameters(self.param_groups)
 
     @property
@@ -132,7 +138,11 @@ class Engine:
         scale = self.loss_scale
         norm = self._clip_gradients() if self.plain else None
         finite = norm is None or math.isfinite(norm)
-        with self._undo_average() if self.stage == 3 else nullcontext() if finite else self._optimizer_idle():
+        before_muon = self._norm_of_shares() if self.muon and self.stage == 3 else None
+        with (
+            muon.eager() if self.muon else nullcontext(),
+            self._undo_average() if self.stage == 3 else nullcontext() if finite else self._optimizer_idle(),
+        ):
             self.deepspeed.step()
         applied = finite and self.deepspeed.was_step_applied()
         if not applied and self.offloaded and self.stage < 3:
@@ -142,6 +152,8 @@ class Engine:
             norm = math.inf  # as the other layouts report it
         if norm is None:
             norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+            if before_muon is not None and applied:
+                norm = before_muon  # DeepSpeed's is that of Muon's steps
             if self.stage == 0 and scale is not None:
                 norm /= scale  # the other layouts report it unscaled
         if self.scaler:
@@ -189,6 +201,13 @@ class Engine:
         if self.clip is not None and bool(norm > self.clip) and bool(torch.isfinite(norm)):
             torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))
         return float(norm)
+
+    def _norm_of_shares(self) -> float:
+        """Norm over all gradients at stage 3, where each rank has a share of each."""
+        trained = (p for p in self.module.parameters() if p.requires_grad)
+        shares = (safe_get_local_grad(p) for p in trained)
+        squares = sum((share.double().square().sum() for share in shares), torch.zeros((), device=self.device).double())
+        return math.sqrt(float(self.world.sum_(squares))) * self.world.world_size / (self.loss_scale or 1.0)
 
     @contextmanager
     def _undo_average(self) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 There is no scheduler object, so nothing of it can be saved wrongly: step k always asks `learning_rate(..., k, ...)`.
 Only optimizers that work element by element are offered (`OPTIMIZERS`), because under ZeRO they see flat slices of
-parameters, never whole matrices. Their state is made by allocation (`allocate`), so that a checkpoint can be read into
-an engine that has not yet taken a step.
+parameters, never whole matrices; Muon is DeepSpeed's own (muon.py). Their state is made by allocation (`allocate`), so
+that a checkpoint can be read into an engine that has not yet taken a step.
 """
 
 from __future__ import annotations
@@ -16,12 +16,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline import muon
 from pipeline.errors import ConfigError
 from pipeline.sections import Group, Optim, Schedule
 
 
+class Lion(torch.optim.Optimizer):
+    """Steps of one size in the direction of a momentum's sign (Chen et al. 2023, arXiv 2302.06675, program 1).
+
+    Its authors take a tenth of AdamW's learning rate, ten times its weight decay, and betas of 0.9 and 0.99.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            lr, (blend, keep) = group["lr"], group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                average = state["exp_avg"]
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(average.lerp(parameter.grad, 1 - blend).sign_(), alpha=-lr)
+                average.lerp_(parameter.grad, 1 - keep)
+
+
 class Kind(NamedTuple):
-    """One optimizer: torch's class, its arguments from the configuration, and what it keeps per parameter.
+    """One optimizer: its class, its arguments from the configuration, and what it keeps per parameter.
 
     `tensors`: of the parameter's shape, all zeros before the first step.  `numbers`: single ones, and how they begin.
     """
@@ -55,6 +83,8 @@ OPTIMIZERS = {
         ("square_avg", "momentum_buffer"),
     ),
     "sgd": Kind(torch.optim.SGD, lambda c: {"momentum": c.momentum, "nesterov": c.nesterov}, ("momentum_buffer",), {}),
+    "lion": Kind(Lion, lambda c: {"betas": c.betas}, ("exp_avg",), {}),
+    "muon": Kind(muon.build, lambda c: {}, ()),
 }
 
 # Names that wrappers put inside a parameter's name; the canonical name is without them.
@@ -89,11 +119,15 @@ def parameter_groups(model: nn.Module, config: Optim) -> list[dict[str, Any]]:
     """The trainable parameters by treatment: "name", "lr_scale", "weight_decay", "params", "parameters" (their names).
 
     A parameter belongs to the first of `config.groups` whose glob matches its name, else to "default". A group without
-    a weight decay of its own is split in two, so that parameters of one dimension (biases, norms) are not decayed.
-    Raises ConfigError when a glob matches nothing or when nothing is trainable.
+    a weight decay of its own is split in two, so that parameters of one dimension (biases, norms) are not decayed; with
+    `config.layer_decay` each is split by layer, and its `lr_scale` is lower the deeper the layer lies (BEiT: Bao et al.
+    2021). With muon, matrices inside layers are groups of their own ("use_muon"). Raises ConfigError when a glob
+    matches nothing, when nothing is trainable, or when there are no layers, and they are asked for.
     """
     groups: dict[str, dict[str, Any]] = {}
     matched: set[str] = set()
+    layers = depths(model) if config.layer_decay < 1 else {}
+    inside = _inside_layers(model)
     trainable = {canonical(name): p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     for name, parameter in trainable.items():
         chosen = next((g for g in config.groups if fnmatchcase(name, g.match)), Group(match="default"))
@@ -103,10 +137,15 @@ def parameter_groups(model: nn.Module, config: Optim) -> list[dict[str, Any]]:
             decay = config.weight_decay
             if decay and parameter.ndim <= 1 and not config.decay_norm_and_bias:
                 label, decay = f"{label} (not decayed)", 0.0
-        group = groups.setdefault(
-            label,
-            {"name": label, "lr_scale": chosen.lr_scale, "weight_decay": decay, "params": [], "parameters": []},
-        )
+        scale = chosen.lr_scale
+        if layers:
+            below_top = max(layers.values()) - layers[name]
+            label, scale = f"{label}, layer {layers[name]}", scale * config.layer_decay**below_top
+        settings: dict[str, Any] = {"lr_scale": scale, "weight_decay": decay}
+        if config.name == "muon":
+            settings["use_muon"] = parameter.ndim == 2 and name in inside
+            label += ", muon" if settings["use_muon"] else ""
+        group = groups.setdefault(label, {"name": label, **settings, "params": [], "parameters": []})
         group["params"].append(parameter)
         group["parameters"].append(name)
     if not groups:
@@ -118,6 +157,39 @@ def parameter_groups(model: nn.Module, config: Optim) -> list[dict[str, Any]]:
                 f"optim.groups: {group.match!r} is the first match of no parameter. Names are like: {some}"
             )
     return list(groups.values())
+
+
+def depths(model: nn.Module) -> dict[str, int]:
+    """Each parameter's name -> its layer, from 0 (the embedding, or the stem) to the head; frozen ones count too.
+
+    A layer is an entry of an outermost `nn.ModuleList` (transformers' blocks; of its convnets the stages), in the order
+    in which the network names them; what stands before, between or behind the lists is a layer of its own.
+    Raises ConfigError when there is no such list.
+    """
+    inside, found = _inside_layers(model), {}
+    layer, last = -1, None
+    for full, _ in model.named_parameters():
+        name = canonical(full)
+        if (here := inside.get(name)) != last or layer < 0:
+            layer, last = layer + 1, here
+        found[name] = layer
+    if not inside:
+        raise ConfigError(
+            f"optim.layer_decay: {type(model).__name__} keeps no layers in an nn.ModuleList, so nobody knows which is "
+            "below which. Leave it out, and give optim.groups with an lr_scale each."
+        )
+    return found
+
+
+def _inside_layers(model: nn.Module) -> dict[str, str]:
+    """Name of a parameter -> that of the entry of an outermost `nn.ModuleList` in which it lies, where there is one."""
+    lists = [canonical(name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = {}
+    for name in (canonical(full) for full, _ in model.named_parameters()):
+        outermost = next((each for each in lists if name.startswith(f"{each}.")), None)  # named before those inside it
+        if outermost:
+            found[name] = ".".join(name.split(".")[: outermost.count(".") + 2])
+    return found
 
 
 def freeze(model: nn.Module, config: Optim) -> None:
@@ -142,14 +214,22 @@ def build(config: Optim, groups: list[dict[str, Any]], offloaded: bool = False) 
     alone. `offloaded`: it will step in host memory, where torch's fused kernels are the fast ones too.
     """
     kind = OPTIMIZERS[config.name]
+    if config.name == "muon":
+        if not any(group["use_muon"] for group in groups):
+            raise ConfigError("optim.name: muon is for matrices inside layers, and this network has none; take adamw")
+        return muon.build(config, groups)
     settings = kind.settings(config)
     if kind.fused and (offloaded or torch.cuda.is_available()):
         settings["fused"] = True
     return kind.make(groups, lr=0.0, weight_decay=0.0, **settings)
 
 
-def state_keys(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], dict[str, float]]:
-    """What an optimizer keeps per parameter: keys of tensors of the parameter's shape, single numbers as they begin."""
+def state_keys(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, float]]:
+    """What an optimizer keeps per parameter of a group: keys of tensors of the parameter's shape, single numbers as
+    they begin.
+    """
+    if type(optimizer).__name__ == muon.CLASS:
+        return muon.state_keys(group), OPTIMIZERS["muon"].numbers
     for kind in OPTIMIZERS.values():
         if type(optimizer) is kind.make:
             unused = {"momentum_buffer"} if not optimizer.defaults.get("momentum") else set()
@@ -165,7 +245,7 @@ def allocate(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter:
     For SGD torch's first step copies the gradient into the momentum; momentum * 0 + gradient is the same. `average`:
     also a moving average, which begins at the weights; optimizers read only keys of their own.
     """
-    tensors, numbers = state_keys(optimizer)
+    tensors, numbers = state_keys(optimizer, group)
     on_device = group.get("fused") or group.get("capturable")
     state = optimizer.state[parameter] = {}
     for key, first in numbers.items():

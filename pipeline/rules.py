@@ -120,10 +120,15 @@ def _schedule(known: Known) -> list[Problem]:
 
 
 def _optimizer(known: Known) -> list[Problem]:
-    if known["optim.name"] == "sgd" and known["optim.nesterov"] and not known["optim.momentum"]:
-        mend = "set optim.momentum above 0, or nesterov to false"
-        return [Problem("optim.nesterov", "needs momentum", suggestion=mend)]
-    return []
+    name, nesterov, momentum, clip = (known[f"optim.{key}"] for key in ("name", "nesterov", "momentum", "clip"))
+    muon, stage, offload = name == "muon", known["zero.stage"], known["zero.offload_optimizer"]
+    wrong = [  # muon.py says why
+        (name == "sgd" and nesterov and not momentum, "optim.nesterov", "needs momentum", "set optim.momentum above 0"),
+        (muon and stage in (1, 2), "zero.stage", "no checkpoint can hold muon's momentum there", "set it to 0 or 3"),
+        (muon and clip is not None, "optim.clip", "with muon it would cut steps, not gradients", "set it to null"),
+        (muon and offload is not None, "zero.offload_optimizer", "muon steps where the weights are", "leave it out"),
+    ]
+    return [Problem(place, message, suggestion=mend) for applies, place, message, mend in wrong if applies]
 
 
 def _precision(known: Known) -> list[Problem]:

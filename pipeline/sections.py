@@ -95,16 +95,15 @@ class Group(Strict):
     weight_decay: float | None = Field(default=None, ge=0, description="instead of optim.weight_decay")
 
 
-Optimizer = Literal["adamw", "adam", "nadam", "radam", "adamax", "adadelta", "rmsprop", "sgd"]
+Optimizer = Literal["adamw", "adam", "nadam", "radam", "adamax", "adadelta", "rmsprop", "sgd", "lion", "muon"]
 _WHOLE = "it looks at whole matrices or layers, and ZeRO gives each worker a flat slice of them"
 _NOT_ELEMENTWISE = {
-    **dict.fromkeys(("adafactor", "lamb", "lars", "muon", "shampoo", "soap"), _WHOLE),
+    **dict.fromkeys(("adafactor", "lamb", "lars", "shampoo", "soap"), _WHOLE),
     "lbfgs": "its line search runs a step's forward pass several times",
     "sparseadam": "it takes sparse gradients, which ZeRO does not",
     "adagrad": "DeepSpeed builds torch's anew at ZeRO 1 to 3, and its parameter groups are lost",
     "asgd": "its averages begin from the learning rate, which is set step by step here",
     "rprop": "it needs the gradient of the whole data set, and its steps begin from the learning rate",
-    "lion": "torch has none, and no other has been proven here",
 }
 
 
@@ -124,17 +123,22 @@ class Optim(Strict):
     name: Annotated[Optimizer, BeforeValidator(_optimizer)] = Field(description="optimizer")
     lr: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(
-        default=0.0, ge=0, description="per step and unit of learning rate (adamw: decoupled, others: in the gradient)"
+        default=0.0,
+        ge=0,
+        description="per step and unit of learning rate (adamw, lion: decoupled; others: in the gradient)",
     )
     betas: tuple[Decay, Decay] = Field(
-        default=(0.9, 0.999), description="decay of adam's two running means, per step; rmsprop, adadelta: the second"
+        default=(0.9, 0.999), description="decay of adam's and lion's two running means; rmsprop, adadelta: the second"
     )
-    eps: float = Field(default=1e-8, gt=0, description="added to the denominator (all but sgd)")
-    momentum: Decay = Field(default=0.9, description="decay of sgd's and rmsprop's running gradient, per step")
+    eps: float = Field(default=1e-8, gt=0, description="added to the denominator (all but sgd, lion)")
+    momentum: Decay = Field(default=0.9, description="decay of sgd's, rmsprop's, muon's running gradient, per step")
     nesterov: bool = Field(default=False, description="sgd looks one momentum step ahead")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null: any")
     freeze: tuple[str, ...] = Field(default=(), description="globs over names of parameters that are not trained")
     groups: tuple[Group, ...] = Field(default=(), description="first group whose glob matches a parameter name has it")
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="factor on the learning rate from each layer to the one below it; 1: none"
+    )
     decay_norm_and_bias: bool = Field(default=False, description="weight decay also for 1-d parameters (norms, biases)")
     schedule: Schedule = Field(default=Schedule(), description="learning rate over time")
 

@@ -82,6 +82,8 @@ def _zero_section(config: Config, pinned: bool) -> dict[str, Any]:
             "zero.extra.offload_optimizer: write it as zero.offload_optimizer: cpu. Other devices are not supported."
         )
     section: dict[str, Any] = {"stage": config.zero.stage, **extra}
+    if config.optim.name == "muon":
+        section["reduce_scatter"] = False  # DeepSpeed refuses to build it otherwise
     if config.zero.offload_optimizer:
         section["offload_optimizer"] = {"device": config.zero.offload_optimizer, "pin_memory": pinned}
     try:

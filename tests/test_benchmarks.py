@@ -45,6 +45,17 @@ def test_a_loop_is_tracked_and_not_in_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_network_is_trained_at_two_rates_and_the_better_told(tmp_path: Path) -> None:
+    arguments = f"--size toy --only both-8 --runs {tmp_path / 'kept'}"
+    (row,) = cells(script("depth.py", arguments, tmp_path))
+    assert row[:2] == ["both", "8"] and float(row[3]) in (0.1, 0.01) and 0 < float(row[4]) < 10
+    assert all(float(norm) > 0 for norm in row[7:]) and len(row[7:]) == 6
+    journals = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept" / "runs").glob("*/journal.jsonl")}
+    assert len(journals) == 3 and cells(script("depth.py", arguments, tmp_path)) == [row]
+    assert {path: path.stat().st_mtime_ns for path in journals} == journals  # what is done is not done again
+
+
+@pytest.mark.slow
 def test_exports_stand_beside_save_pretrained(tmp_path: Path) -> None:
     rows = cells(script("export.py", "--size toy --repeats 1 --shard-mb 1", tmp_path))
     assert [row[:2] for row in rows] == [

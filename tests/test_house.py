@@ -29,6 +29,7 @@ LAYERS = [
         "batch_norm",
         "initial",
         "prepare",
+        "muon",
         "optim",
         "loss_scale",
         "zero",
@@ -61,7 +62,7 @@ LAYERS = [
 ]
 FENCES = {
     "ray": ["cluster", "submit"],
-    "deepspeed": ["engine", "zero", "checkpoint.shards", "checkpoint.layouts"],
+    "deepspeed": ["engine", "zero", "muon", "checkpoint.shards", "checkpoint.layouts"],
     "wandb": ["track.wandb"],
     "webdataset": ["data"],
 }

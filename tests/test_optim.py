@@ -79,7 +79,72 @@ def test_a_model_without_trainable_parameters_is_refused():
         optim.parameter_groups(network().requires_grad_(False), Optim(name="sgd", lr=1))
 
 
-@pytest.mark.parametrize("settings", [{"name": "adamw"}, {"name": "sgd"}, {"name": "sgd", "nesterov": True}])
+def blocks() -> nn.Module:
+    """Stem, two blocks of which one holds a list of its own, a norm between two lists, a block, a head."""
+    model = nn.Module()
+    model.stem, model.first, model.last = nn.Linear(2, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
+    inner = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    model.blocks = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.ModuleDict({"experts": inner})])
+    model.norm = nn.LayerNorm(4)
+    model.more = nn.ModuleList([nn.Linear(4, 4, bias=False)])
+    model.head = nn.Linear(4, 2, bias=False)
+    return model
+
+
+def test_layers_are_counted_from_the_stem_to_the_head_by_the_outermost_lists() -> None:
+    model = blocks()
+    model.blocks[0].requires_grad_(False)  # type: ignore[operator, union-attr, index] # frozen ones count
+    by_hand = {
+        0: ["stem.weight", "stem.bias", "first.weight", "last.weight", "last.bias"],
+        1: ["blocks.0.weight"],
+        2: [f"blocks.1.experts.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")],
+        3: ["norm.weight", "norm.bias"],
+        4: ["more.0.weight"],
+        5: ["head.weight"],
+    }
+    assert optim.depths(model) == {name: layer for layer, names in by_hand.items() for name in names}
+
+
+def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above_it() -> None:
+    groups = (Group(match="head.*", lr_scale=3.0, weight_decay=0.0),)
+    config = Optim(name="adamw", lr=1, weight_decay=0.1, layer_decay=0.5, groups=groups)
+    found = {g["name"]: (g["lr_scale"], g["weight_decay"]) for g in optim.parameter_groups(blocks(), config)}
+    assert found == {
+        "default, layer 0": (0.5**5, 0.1),
+        "default (not decayed), layer 0": (0.5**5, 0.0),
+        "default, layer 1": (0.5**4, 0.1),
+        "default, layer 2": (0.5**3, 0.1),
+        "default (not decayed), layer 2": (0.5**3, 0.0),
+        "default (not decayed), layer 3": (0.5**2, 0.0),
+        "default, layer 4": (0.5, 0.1),
+        "head.*, layer 5": (3.0, 0.0),
+    }
+    with pytest.raises(ConfigError, match=r"Sequential keeps no layers.*optim\.groups"):
+        optim.parameter_groups(network(), config)
+
+
+def test_lion_is_the_published_program() -> None:
+    """Program 1 of its paper: update = sign(b1 m + (1 - b1) g) + weight decay * w; m = b2 m + (1 - b2) g."""
+    torch.manual_seed(0)
+    config = Optim(name="lion", lr=0.1, betas=(0.9, 0.99))
+    weights = torch.nn.Parameter(torch.randn(40))
+    group = {"params": [weights], "lr_scale": 1.0, "weight_decay": 0.3, "name": "all", "parameters": ["w"]}
+    optimizer = optim.build(config, [group])
+    optimizer.param_groups[0]["lr"] = 0.1
+    expected, momentum = weights.detach().double().tolist(), [0.0] * 40
+    for _ in range(5):
+        weights.grad = torch.randn(40)
+        for i, gradient in enumerate(weights.grad.double().tolist()):
+            step = math.copysign(1, 0.9 * momentum[i] + 0.1 * gradient) + 0.3 * expected[i]
+            expected[i] -= 0.1 * step
+            momentum[i] = 0.99 * momentum[i] + 0.01 * gradient
+        optimizer.step()
+    torch.testing.assert_close(weights.detach(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"name": "adamw"}, {"name": "sgd"}, {"name": "sgd", "nesterov": True}, {"name": "lion"}]
+)
 def test_allocated_state_steps_as_torchs_own_first_step(settings):
     """The same gradients from allocated and from absent state give the same weights, to the bit."""
     results = []
@@ -102,4 +167,4 @@ def test_allocated_state_steps_as_torchs_own_first_step(settings):
 
 def test_an_optimizer_of_unknown_state_is_refused():
     with pytest.raises(ConfigError, match="Adagrad"):
-        optim.state_keys(torch.optim.Adagrad(network().parameters()))
+        optim.state_keys(torch.optim.Adagrad(network().parameters()), {})

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import rules
-from pipeline.config import Config
+from pipeline.config import Config, load
 from pipeline.problems import ELSEWHERE, Problem, places
 from tests.small_project import problems, project, written
 
@@ -83,6 +83,17 @@ def test_each_mistake_has_one_message(override: str, place: str, says: str, sugg
     assert problem.place == f"command line: {place}" and problem.line is None
     assert says in problem.message
     assert (suggests or "") in (problem.suggestion or "") and (suggests is not None or problem.suggestion is None)
+
+
+def test_muon_is_refused_where_it_would_be_another() -> None:
+    found = problems("optim={name: muon, lr: 1}", "zero={stage: 2, offload_optimizer: cpu}")
+    mends = {problem.place.removeprefix("command line: "): problem.suggestion for problem in found}
+    assert mends == {
+        "zero.stage": "set it to 0 or 3",
+        "optim.clip": "set it to null",
+        "zero.offload_optimizer": "leave it out",
+    }
+    assert load("good.yaml", ["optim={name: muon, lr: 1, clip: null}", "zero={stage: 3}"]).optim.name == "muon"
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,7 @@ def aliases(engine: Engine) -> dict[str, str]:
 
 def keys(engine: Engine) -> dict[str, tuple[str, ...]]:
     """Canonical name -> keys of the state that a checkpoint of this engine holds for the parameter."""
-    trained = (MASTER, *engine.state_keys)
-    return {name: trained if p.requires_grad else (VALUE,) for name, p in _named(engine)}
+    return {name: (MASTER, *engine.state_keys[name]) if p.requires_grad else (VALUE,) for name, p in _named(engine)}
 
 
 def buffers(engine: Engine) -> dict[str, Tensor]:
@@ -110,7 +109,7 @@ def pieces(engine: Engine) -> Iterator[Piece]:
             piece = _flat(engine, name, parameter)
         else:
             master = masters.get(id(parameter), parameter)
-            state = {key: engine.optimizer.state[master][key].view(-1) for key in engine.state_keys}
+            state = {key: engine.optimizer.state[master][key].view(-1) for key in engine.state_keys[name]}
             state = {MASTER: master.detach().view(-1), **state}
             piece = Piece(name, 0, (parameter.detach().view(-1),), state, replicated=True)
         if piece is not None:
@@ -160,7 +159,8 @@ def _flat(engine: Engine, name: str, parameter: Any) -> Piece | None:
     start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
     offset = mapping.hp_fragment_address.start
     [partition] = engine.param_groups[mapping.param_group_index]["params"]
-    state = {MASTER: partition.detach(), **{key: engine.optimizer.state[partition][key] for key in engine.state_keys}}
+    kept = engine.optimizer.state[partition]
+    state = {MASTER: partition.detach(), **{key: kept[key] for key in engine.state_keys[name]}}
     state = {key: tensor.narrow(0, offset, numel) for key, tensor in state.items()}
     return Piece(name, start, (parameter.detach().view(-1)[start : start + numel],), state, replicated=False)
 
@@ -172,7 +172,7 @@ def _partitioned(engine: Engine, name: str, parameter: Any) -> Piece | None:
     start, numel = _partition(engine, parameter)
     if numel == 0:
         return None
-    state = {key: safe_get_local_optimizer_state(parameter, key) for key in engine.state_keys}
+    state = {key: safe_get_local_optimizer_state(parameter, key) for key in engine.state_keys[name]}
     state = {MASTER: safe_get_local_fp32_param(parameter), **state}
     views = {key: tensor.detach().narrow(0, 0, numel) for key, tensor in state.items() if tensor is not None}
     return Piece(name, start, _weights(parameter, start, numel), views, replicated=False)

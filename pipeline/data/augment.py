@@ -14,16 +14,27 @@ a random order of the colour changes.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.errors import DataError
+from pipeline.sections import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601): what "grey" means to image tools
+Strength = Annotated[float, Field(ge=0)]
+
+
+class Colour(Strict):
+    """How far colours are changed in training; each factor is drawn from max(0, 1 - strength) to 1 + strength."""
+
+    brightness: Strength = Field(default=0.0, description="0.4: factors from 0.6 to 1.4")
+    contrast: Strength = Field(default=0.0, description="towards or away from the mean grey of the image")
+    saturation: Strength = Field(default=0.0, description="towards or away from grey; needs 3 channels")
 
 
 def in_channels(image: np.ndarray, channels: int, key: str) -> np.ndarray:
@@ -80,12 +91,15 @@ def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return _tensor(image).flip(1).numpy() if rng.random() < 0.5 else image  # numpy takes twenty times as long
 
 
-def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """The largest centred square, resized: [H, W, C] -> [size, size, C]. An image of that size is returned as it is."""
+def fit(image: np.ndarray, size: int, share: float = 1.0) -> np.ndarray:
+    """A centred square, resized: [H, W, C] -> [size, size, C]. Its side is `share` of the largest one's.
+
+    A square of that size is returned as it is. 0.875 is the usual "resize to 256, cut out 224", in one go.
+    """
     height, width = image.shape[:2]
-    if height == width == size:
+    side = max(1, round(share * min(height, width)))
+    if height == width == side == size:
         return image
-    side = min(height, width)
     return _resized(_centre(image, side, side), size)
 
 

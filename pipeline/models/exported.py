@@ -84,6 +84,28 @@ def needs(module: nn.Module) -> str | None:
     return place if place.startswith("pipeline.") else None
 
 
+def write_image_processor(folder: Path, size: int, share: float, mean: list[float], std: list[float]) -> None:
+    """preprocessor_config.json: images cut, resized and normalised as in training, for transformers' image processor.
+
+    share: of the side of the largest centred square, which is cut out and becomes [size, size]. mean, std: by channel.
+    """
+    settings = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": round(size / share)},
+        "resample": 2,  # Pillow's bilinear, as wide as the image is shrunk
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+        "do_convert_rgb": len(mean) == 3,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def opener(module: nn.Module) -> str:
     """The class of transformers to open the folder with."""
     name = type(module).__name__

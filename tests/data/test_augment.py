@@ -99,6 +99,15 @@ def test_fit_takes_the_centred_square_and_leaves_a_fitting_image_alone(channels:
     assert fit(square, 12) is square
 
 
+def test_fit_keeps_a_share_of_the_square() -> None:
+    image = np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    assert np.array_equal(fit(image, 24, 0.8), image[8:32, 3:27])  # 24 of 30 pixels, in the middle
+    by_pillow = Image.fromarray(image[8:32, 3:27]).resize((12, 12), Image.Resampling.BILINEAR)
+    assert np.abs(fit(image, 12, 0.8).astype(int) - np.asarray(by_pillow)).max() <= 1
+    square = image[:30]
+    assert fit(square, 30) is square and not np.array_equal(fit(square, 30, 0.5), square)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("side", "size"), [(100, 31), (90, 90 * 2), (64, 63), (7, 40)])
 def test_resizing_is_that_of_pillow(channels: int, side: int, size: int) -> None:

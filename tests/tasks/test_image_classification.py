@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from pydantic import ValidationError
 from torch import nn
@@ -132,22 +133,38 @@ def test_one_batch_is_learnt_by_heart(architecture: str, options: dict[str, Any]
     assert float(sums["accuracy"][0]) == 8 and float(sums["loss"][0]) / 8 < 0.1
 
 
+def test_a_share_of_the_square_is_cut_out_here_and_by_the_exported_settings(tmp_path: Path) -> None:
+    """Where none is cut out at random: 12 of 16 pixels. There the filter sees across the edge of the cut."""
+    pixels = np.random.default_rng(3).integers(0, 256, (32, 32), dtype=np.uint8)
+    sample = sample_of(tmp_path / "one", pixels, "1")
+    task = task_of(center_crop=0.75, mean=[0.4], std=[0.3])
+    ours = task.prepare(sample, None)["image"]
+    assert np.array_equal(ours, augment.fit(pixels[4:28, 4:28, None], 12))
+    moved = task_of(center_crop=0.75, random_resized_crop=0.5).prepare(sample, np.random.default_rng(1))["image"]
+    assert moved.shape == ours.shape and not np.array_equal(moved, ours)
+    task.write_settings(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    theirs = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0, 0]
+    assert np.abs(theirs - (ours[:, :, 0] / 255 - 0.4) / 0.3)[1:-1, 1:-1].max() < 1.01 / 255 / 0.3
+
+
 def test_bf16_weights_get_bf16_pixels_and_give_an_fp32_loss() -> None:
     task = task_of()
     loss, _ = task.loss(built(task).bfloat16(), made_up())
     assert loss.dtype == torch.float32 and torch.isfinite(loss)
 
 
-def test_prepare_augments_only_with_a_generator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drawn", [{"random_resized_crop": 0.5, "crop": 2, "flip": True}, {"randaugment": {}}])
+def test_prepare_augments_only_with_a_generator(tmp_path: Path, drawn: dict[str, Any]) -> None:
     dataset = open_dataset(small_data.images(tmp_path / "squares"))
-    task = task_of(image_size=10, random_resized_crop=0.5, crop=2, flip=True)
+    task = task_of(image_size=10, **drawn)
     plain, again = (task.prepare(dataset.sample(3), None) for _ in range(2))
     assert plain["image"].shape == (10, 10, 1) and plain["image"].dtype == np.uint8
     assert plain["label"].shape == () and plain["label"].dtype == np.int64
     assert np.array_equal(plain["image"], again["image"])
     one, same, other = (task.prepare(dataset.sample(3), np.random.default_rng(seed))["image"] for seed in (1, 1, 2))
     assert np.array_equal(one, same) and not np.array_equal(one, other) and one.shape == (10, 10, 1)
-    assert task.augments and not task_of(mixup=1.0).augments  # mixup is drawn on the device, not by sample
+    assert task.augments and not task_of(mixup=1.0, cutmix=1.0).augments  # mixup is drawn on the device, not by sample
 
 
 def test_colours_and_boxes_are_drawn_by_sample_and_applied_on_the_device(tmp_path: Path) -> None:

@@ -60,3 +60,4 @@ def test_gather_is_prepare_for_jpegs_of_the_right_size(tmp_path: Path, channels:
         for number, what in enumerate([*odd, "no label"], len(plain)):
             assert task.gather(samples(0, 1, 2, number, 3)) is None, what
             buffers.clear()
+        assert task_of(channels=channels, center_crop=0.9).gather(samples(0, 1)) is None  # it is cut, and enlarged

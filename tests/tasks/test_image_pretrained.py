@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline import optim
 from pipeline.errors import ConfigError
+from pipeline.sections import Optim
 from tests.tasks.test_image_classification import TINY, built, made_up, task_of
 
 
@@ -28,6 +30,34 @@ def test_a_pretrained_folder_gives_its_weights_and_a_new_head_for_other_classes(
         task_of(architecture=None, model={}, pretrained=tmp_path / "saved", channels=3).build_model()
     with pytest.raises(ConfigError, match=r"nowhere does not exist; give a folder"):
         task_of(architecture=None, model={}, pretrained=tmp_path / "nowhere").build_model()
+
+
+def test_a_vision_transformer_is_fine_tuned_with_a_new_head_layer_by_layer(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    model = built(task_of(architecture="vit", model=sizes | {"patch_size": 4}))
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    task = task_of(architecture=None, model={}, pretrained=tmp_path / "saved", classes=7)
+    tuned, was = built(task, seed=9), dict(model.named_parameters())
+    assert task.weights is not None
+    assert task.weights.notes == ["new, not from saved: classifier.weight, classifier.bias"]
+    for name, parameter in tuned.named_parameters():
+        assert name.startswith("classifier.") or torch.equal(parameter, was[name]), name
+
+    config = Optim(name="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75, freeze=("vit.embeddings.patch_*",))
+    optim.freeze(tuned, config)
+    rates = {n: g["lr_scale"] for g in optim.parameter_groups(tuned, config) for n in g["parameters"]}
+    assert rates["classifier.weight"] == rates["vit.layernorm.bias"] == 1.0  # a new head learns at the full rate
+    assert [rates[f"vit.layers.{i}.mlp.fc1.weight"] for i in range(3)] == [0.75**3, 0.75**2, 0.75]
+    assert rates["vit.embeddings.cls_token"] == 0.75**4
+    frozen = {name for name, parameter in tuned.named_parameters() if not parameter.requires_grad}
+    assert (
+        frozen
+        == was.keys() - rates.keys()
+        == {f"vit.embeddings.patch_embeddings.projection.{kind}" for kind in ("weight", "bias")}
+    )
+
+    task.loss(tuned, made_up(classes=7))[0].backward()
+    assert all((parameter.grad is None) == (name in frozen) for name, parameter in tuned.named_parameters())
 
 
 def test_what_is_new_and_what_is_not_used_is_said(tmp_path: Path) -> None:
