@@ -53,11 +53,24 @@ LAYERS = [
     ["learner"],
     ["saving", "health"],
     ["train"],
-    ["cluster", "submit", "track.page", "verify_resume"],
+    ["cluster", "submit", "doctor", "starter", "track.page", "verify_resume"],
     ["cli", "terminal", "__init__", "__main__"]
     + [
         f"cli_{name}"
-        for name in ("checkpoint", "data", "export", "pack", "report", "resume", "sample", "submit", "sweep", "track")
+        for name in (
+            "checkpoint",
+            "data",
+            "doctor",
+            "export",
+            "init",
+            "pack",
+            "report",
+            "resume",
+            "sample",
+            "submit",
+            "sweep",
+            "track",
+        )
     ],
 ]
 FENCES = {
