@@ -167,16 +167,17 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from")
     parser.add_argument("--runs", type=Path, help="folder that keeps data and runs; what is done there is not repeated")
-    parser.add_argument("--only", help="one network, such as plain-56; may not be saved")
+    parser.add_argument("--only", nargs="+", help="these networks, such as plain-56")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results/depth-<date>.md")
     plan = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     load = os.getloadavg()[0]
     networks = [Network(*each) for each in itertools.product(KINDS, DEPTHS)]
     if plan.only:
-        networks = [network for network in networks if str(network) == plan.only]
-        if not networks:
-            parser.error(f"no network is called {plan.only}")
+        unknown = set(plan.only) - set(map(str, networks))
+        if unknown:
+            parser.error(f"no network is called {' or '.join(sorted(unknown))}")
+        networks = [network for network in networks if str(network) in plan.only]
     with tempfile.TemporaryDirectory(prefix="millstream-depth-") as folder:
         kept = plan.runs or Path(folder)
         kept.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ def main() -> int:
     header += ["gradient, stem", "1/4", "2/4", "3/4", "last", "head"]
     body = report.table(header, rows)
     print(body)
-    if plan.save and not plan.only:
+    if plan.save:
         size = SIZES[plan.size]
         facts = [
             f"{size['steps']} steps of {size['batch']} digits, 14 x 14 pixels, {size['width']} channels in the first "

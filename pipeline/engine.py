@@ -211,10 +211,17 @@ class Engine:
 
     @contextmanager
     def _undo_average(self) -> Iterator[None]:
-        """Stage 3 can only average over ranks. Its step divides by the loss scale, in fp32; that undoes it."""
+        """Stage 3 can only average over ranks. Its step divides by the loss scale, in fp32; that undoes it.
+
+        Muon keeps the gradient in its momentum before that, where it must not depend on ranks or scale.
+        """
         optimizer = self.deepspeed.optimizer
         scale = optimizer.loss_scale
         optimizer.loss_scale = scale / self.world.world_size
+        if self.muon:
+            shares = [share for group in optimizer.averaged_gradients.values() for share in group]
+            torch._foreach_div_(shares, optimizer.loss_scale)
+            optimizer.loss_scale = 1.0
         try:
             yield
         finally:

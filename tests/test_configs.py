@@ -18,6 +18,9 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 TOY: dict[str, list[str]] = {
     "image_classification": ["task.model={embedding_size: 4, hidden_sizes: [4, 4], depths: [1, 1], layer_type: basic}"],
     "audio_classification": ["task.model={width: 4, layers: 1}", "task.mels=10"],
+    "mnist.yaml": [
+        "task.model={hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 7}"
+    ],
     "language_modeling": [
         "task.length=16",
         "task.model={hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2,"
@@ -34,7 +37,7 @@ TOY: dict[str, list[str]] = {
 def two_steps(world: World, names: list[str], work: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of two steps of each configuration, on small data of the right kind."""
     made = {
-        "image_classification": small_data.images(work / "images", size=28),
+        "image_classification": small_data.images(work / "images", count=256, size=28),
         "audio_classification": small_data.sounds(work / "sounds"),
         "language_modeling": small_data.rows(work / "rows"),
     }
@@ -44,7 +47,7 @@ def two_steps(world: World, names: list[str], work: Path) -> dict[str, list[dict
         section: Any = configs.load_resolved(path).task
         task, data = section.name, made[section.name]
         toy = [
-            *(TOY.get(getattr(section, "architecture", None) or "") or TOY[task]),
+            *(TOY.get(name) or TOY.get(getattr(section, "architecture", None) or "") or TOY[task]),
             f"data.train={data}",
             f"data.evaluate={{test: {data}}}",
             "steps=2",
