@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 
@@ -119,7 +119,31 @@ def difference(old: Config, new: Config) -> list[str]:
     return [key for key in before | after if key not in before or key not in after or before[key] != after[key]]
 
 
+class Checked(NamedTuple):
+    """A file as far as it can be read. config: None when it cannot be one.  problems: each with its line.
+
+    elsewhere: the same configuration, also when only its folders and files are wrong.
+    """
+
+    config: Config | None
+    problems: list[Problem]
+    source: yaml_file.Source
+    elsewhere: Config | None
+
+
+def check(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Checked:
+    """What `load` reads and finds, without raising but for a file that is no YAML at all (`InvalidConfig`)."""
+    return _check(path, overrides, [rules.numbers, rules.folders])
+
+
 def _load(path: str | os.PathLike[str], overrides: Iterable[str], checks: Iterable[rules.Rule]) -> Config:
+    found = _check(path, overrides, checks)
+    if found.config is None:
+        raise InvalidConfig(str(path), found.problems)
+    return found.config
+
+
+def _check(path: str | os.PathLike[str], overrides: Iterable[str], checks: Iterable[rules.Rule]) -> Checked:
     source = yaml_file.read(Path(path))
     yaml_file.lay_over(source, overrides)
     task = task_file.config_class(source.values) or TaskConfig
@@ -134,11 +158,10 @@ def _load(path: str | os.PathLike[str], overrides: Iterable[str], checks: Iterab
     known = readable(Config, source.values, wrong)
     if isinstance(source.values.get("task"), dict):
         known["task"] = readable(task, source.values["task"], wrong, "task.")
-    for check in checks:
-        problems += check(rules.Known(known))
-    if problems or config is None:
-        raise InvalidConfig(str(path), [source.locate(problem) for problem in problems])
-    return config
+    for rule in checks:
+        problems += rule(rules.Known(known))
+    located = [source.locate(problem) for problem in problems]
+    return Checked(None if problems else config, located, source, config)
 
 
 def _absolute(value: Any, folder: Path) -> Any:

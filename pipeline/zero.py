@@ -33,6 +33,22 @@ _REFUSED = [
 ]
 
 
+# Keys that DeepSpeed reads at the top level of its configuration -> where a run's configuration has them.
+TOP_LEVEL = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size / micro_batch_size / cluster.workers; it follows from them",
+    "gradient_clipping": "optim.clip",
+    "zero_optimization": "zero.stage and zero.extra",
+    "bf16": "precision.dtype",
+    "fp16": "precision.dtype",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "activation_checkpointing": "activation_checkpointing",
+    "wandb": "track.wandb",
+}
+
+
 def deepspeed_config(config: Config, world_size: int, pinned: bool = False) -> dict[str, Any]:
     """The run's configuration in DeepSpeed's words, for `world_size` ranks; `pinned`: what is offloaded, for a GPU.
 
@@ -81,6 +97,11 @@ def _zero_section(config: Config, pinned: bool) -> dict[str, Any]:
         raise ConfigError(
             "zero.extra.offload_optimizer: write it as zero.offload_optimizer: cpu. Other devices are not supported."
         )
+    for key in extra:
+        if key in TOP_LEVEL:
+            raise ConfigError(
+                f"zero.extra.{key}: is no key of DeepSpeed's zero_optimization section; here it is {TOP_LEVEL[key]}"
+            )
     section: dict[str, Any] = {"stage": config.zero.stage, **extra}
     if config.zero.offload_optimizer:
         section["offload_optimizer"] = {"device": config.zero.offload_optimizer, "pin_memory": pinned}

@@ -51,11 +51,11 @@ LAYERS = [
     ["learner"],
     ["saving", "health"],
     ["train"],
-    ["cluster", "submit", "track.page", "verify_resume"],
+    ["cluster", "submit", "doctor", "track.page", "verify_resume"],
     ["cli", "terminal", "__init__", "__main__"]
     + [
         f"cli_{name}"
-        for name in ("checkpoint", "data", "export", "pack", "report", "resume", "submit", "sweep", "track")
+        for name in ("checkpoint", "data", "doctor", "export", "pack", "report", "resume", "submit", "sweep", "track")
     ],
 ]
 FENCES = {

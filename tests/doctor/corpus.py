@@ -103,7 +103,8 @@ def make(entry: dict[str, Any], good: Path, folder: Path) -> Path:
     values = json.loads(json.dumps(GOOD[entry["base"]]))
     for place, value in entry.get("set", {}).items():
         _set(values, place.split("."), value)
-    text = yaml.safe_dump(values, sort_keys=False).replace("{data}", str(data))
+    at_target = "folder" in entry.get("args", {})  # relative paths begin there; here, in the working directory
+    text = yaml.safe_dump(values, sort_keys=False).replace("{data}", "data" if at_target else str(data))
     if "text" in entry:
         old, new = entry["text"]
         assert old in text, f"{entry['id']}: {old!r} is not in its file"

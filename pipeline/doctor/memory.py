@@ -1,0 +1,146 @@
+"""How much memory a worker needs, part by part, and whether a device that is known has it.
+
+What each part takes follows from how DeepSpeed lays the state out at a ZeRO stage and precision (checkpoint/layouts.py
+reads the same), activations are those of network.py. On a processor the workers of a machine share its memory.
+
+What it gives up: memory that the allocator of a GPU holds and cannot use, and other programs'.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from pipeline.config import Config
+from pipeline.doctor.findings import Report
+from pipeline.doctor.network import Network
+from pipeline.optim import OPTIMIZERS
+
+PART = "memory"
+GIB = 1 << 30
+# Bytes of devices by name, as NVIDIA's data sheets have them; the first that is part of a name counts.
+DEVICES = {
+    "A100-40GB": 40 * GIB,
+    "A100-80GB": 80 * GIB,
+    "H100": 80 * GIB,
+    "H200": 141 * 10**9,
+    "B200": 180 * 10**9,
+    "L40S": 48 * GIB,
+    "L4": 24 * GIB,
+    "T4": 16 * GIB,
+    "V100-16GB": 16 * GIB,
+    "V100-32GB": 32 * GIB,
+    "RTX 4090": 24 * GIB,
+    "RTX 3090": 24 * GIB,
+}
+CONTEXT = GIB  # that CUDA and NCCL take on a device, about
+PROCESS = 700 << 20  # that a worker's process takes for its libraries: Python, torch, DeepSpeed, transformers, Ray
+
+
+class Need(NamedTuple):
+    """Bytes of one worker by part."""
+
+    weights: int
+    masters: int
+    optimizer: int
+    gradients: int
+    buckets: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def need(config: Config, network: Network, world_size: int) -> Need:
+    """What one of `world_size` workers needs at the peak of a step."""
+    stage, low = config.zero.stage, config.precision.dtype != "fp32"
+    size, trained = 2 if low else 4, network.trained
+    shared = world_size if stage else 1
+    kept = len(OPTIMIZERS[config.optim.name].tensors) + (config.ema is not None)
+    copies = stage > 0 or low  # DeepSpeed's own fp32 weights, flat
+    weights = network.parameters * size // (world_size if stage == 3 else 1) + network.buffers
+    gathered = 2 * network.largest * size if stage == 3 else 0
+    return Need(
+        weights=weights + gathered,
+        masters=4 * trained // shared if copies else 0,
+        optimizer=kept * 4 * trained // shared,
+        gradients=4 * trained // (world_size if stage >= 2 else 1),
+        buckets=_buckets(config, trained, size),
+        activations=network.activations or 0,
+    )
+
+
+def _buckets(config: Config, trained: int, size: int) -> int:
+    """What gradients are gathered in before they are sent; engine.build makes it as large as all of them at most."""
+    if config.zero.stage == 0:
+        return 0
+    asked = config.zero.extra.get("reduce_bucket_size")
+    bucket = min(trained, asked if isinstance(asked, int) else 500_000_000)
+    return bucket * size * (2 if config.zero.extra.get("overlap_comm") else 1)
+
+
+def device(report: Report, asked: str | None) -> tuple[str, int] | None:
+    """(name, bytes) of the device that is asked for by name, or None."""
+    if asked is None:
+        return None
+    found = next((size for name, size in DEVICES.items() if name.lower() in asked.lower()), None)
+    if found is None:
+        report.add("error", PART, "device", f"the memory of {asked!r} is not known", f"known: {', '.join(DEVICES)}")
+        return None
+    return asked, found
+
+
+def here(config: Config) -> tuple[str, int]:
+    """(name, bytes for one worker) of this machine: its GPU, or the memory that its workers share."""
+    import torch
+
+    if torch.cuda.is_available() and config.cluster.gpu is not False:
+        return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+    limit = psutil.virtual_memory().total
+    path = Path("/sys/fs/cgroup/memory.max")
+    said = path.read_text().strip() if path.is_file() else "max"
+    return "this machine", min(limit, int(said) if said.isdigit() else limit) // max(1, config.cluster.workers)
+
+
+def judge(
+    config: Config, report: Report, network: Network, world_size: int, known: tuple[str, int] | None, on_gpu: bool
+) -> None:
+    """Tell what is needed, part by part; an error when a known device has less."""
+    parts = need(config, network, world_size)
+    total = parts.total + (CONTEXT if on_gpu else PROCESS)
+    report.figures["memory"] = {**parts._asdict(), "total": total, "activations_known": network.activations is not None}
+    said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts._asdict().items() if size > total / 200)
+    if known is None:
+        return
+    name, have = known
+    report.figures["memory"]["device"] = {"name": name, "bytes": have}
+    if total > have:
+        message = f"a worker needs about {total / 1e9:.1f} GB ({said}), and {name} has {have / 1e9:.1f} GB for it"
+        report.add("error", PART, "memory", message, _mend(config, parts, network, world_size, total - have))
+    elif total > 0.9 * have:
+        message = (
+            f"a worker needs about {total / 1e9:.1f} GB ({said}) of the {have / 1e9:.1f} GB that {name} has for it"
+        )
+        report.add("warning", PART, "memory", message, _mend(config, parts, network, world_size, 0))
+
+
+def _mend(config: Config, parts: Need, network: Network, world_size: int, missing: int) -> str:
+    """The keys that buy the most, each with how much."""
+    gains: list[tuple[int, str]] = []
+
+    def try_out(said: str, **changes: Any) -> None:
+        gains.append((parts.total - need(config.model_copy(update=changes), network, world_size).total, said))
+
+    if config.micro_batch_size > 1:
+        gains.append((parts.activations // 2, f"micro_batch_size: {config.micro_batch_size // 2}"))
+    if not config.activation_checkpointing:
+        gains.append((parts.activations // 2, "activation_checkpointing: true"))
+    for stage in range(config.zero.stage + 1, 4):
+        try_out(f"zero.stage: {stage}", zero=config.zero.model_copy(update={"stage": stage}))
+    if config.precision.dtype == "fp32":
+        try_out("precision.dtype: bf16", precision=config.precision.model_copy(update={"dtype": "bf16"}))
+    best = [f"{said} saves {gain / 1e9:.1f} GB" for gain, said in sorted(gains, reverse=True)[:3] if gain > 0]
+    return ", ".join(best) or "a smaller network, or more memory"
