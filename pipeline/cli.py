@@ -15,7 +15,17 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import cli_checkpoint, cli_data, cli_doctor, cli_report, cli_resume, cli_submit, cli_sweep, cli_track
+from pipeline import (
+    cli_checkpoint,
+    cli_data,
+    cli_doctor,
+    cli_init,
+    cli_report,
+    cli_resume,
+    cli_submit,
+    cli_sweep,
+    cli_track,
+)
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
@@ -140,6 +150,7 @@ app.command(epilog=cli_report.RUNS)(cli_report.runs)
 app.command(epilog=cli_report.REPORT)(cli_report.report)
 app.command(epilog=cli_report.DASHBOARD)(cli_report.dashboard)
 app.command("verify-resume", epilog=cli_resume.EXAMPLE)(cli_resume.verify_resume)
+app.command("init", epilog=cli_init.EXAMPLE)(cli_init.init)
 app.command("doctor", epilog=cli_doctor.EXAMPLE)(cli_doctor.doctor)
 app.command("sweep", epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
 

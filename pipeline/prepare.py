@@ -37,7 +37,10 @@ def _recompute_activations(model: nn.Module) -> None:
             f"activation_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable(). "
             "Set it to false, or give the module that method."
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"activation_checkpointing: {error} Set it to false.") from error
 
 
 def input_cast(dtype: torch.dtype, device: torch.device) -> Any:

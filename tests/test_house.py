@@ -51,11 +51,23 @@ LAYERS = [
     ["learner"],
     ["saving", "health"],
     ["train"],
-    ["cluster", "submit", "doctor", "track.page", "verify_resume"],
+    ["cluster", "submit", "doctor", "starter", "track.page", "verify_resume"],
     ["cli", "terminal", "__init__", "__main__"]
     + [
         f"cli_{name}"
-        for name in ("checkpoint", "data", "doctor", "export", "pack", "report", "resume", "submit", "sweep", "track")
+        for name in (
+            "checkpoint",
+            "data",
+            "doctor",
+            "export",
+            "init",
+            "pack",
+            "report",
+            "resume",
+            "submit",
+            "sweep",
+            "track",
+        )
     ],
 ]
 FENCES = {

@@ -29,6 +29,7 @@ from pipeline.cluster.attempt import Attempt, Solo
 from pipeline.cluster.failure import Failure, diagnose, first_line
 from pipeline.cluster.supervise import supervise
 from pipeline.config import Config
+from pipeline.problems import InvalidConfig
 from pipeline.track import journal
 from pipeline.track.code import version as code_version
 from pipeline.track.console import Console, Lines
@@ -61,6 +62,10 @@ def run(
         from pipeline.data.decode import load_decoders
 
         load_decoders(config.data.decoders)
+    from pipeline.doctor.examine import before
+
+    if problems := before(config):
+        raise InvalidConfig(f"run {config.name}", problems)
     folder = folder or history.run_folder(config, fresh)
     alone = config.cluster.workers == 0
     terminal = output.shared if alone else output.apart

@@ -19,7 +19,7 @@ import yaml
 
 from pipeline import config as configs
 from pipeline.config import Config
-from pipeline.doctor import places, samples
+from pipeline.doctor import samples
 from pipeline.doctor.findings import Report
 from pipeline.errors import MillstreamError
 from pipeline.problems import InvalidConfig, Problem, nearest
@@ -71,6 +71,8 @@ def examine(
     progress("storage, surroundings")
     with report.timed("storage"):
         if target.kind == "local" or (target.folder or Path.cwd()).is_dir():
+            from pipeline.doctor import places
+
             places.look(config, report, network.trained if network else None)
     with report.timed("surroundings"):
         from pipeline.doctor import surroundings
@@ -132,6 +134,9 @@ def _numbers(config: Config, report: Report, world_size: int) -> None:
             deepspeed_config(config, min(world_size, micros))
         except MillstreamError as error:
             report.refuse(part, error, "zero.extra")
+    for key in (key for key, value in config.zero.extra.items() if value == "auto"):
+        message = f"`{key}: auto` means nothing to DeepSpeed by itself: its default is taken"
+        report.add("warning", part, f"zero.extra.{key}", message, "leave it out, or give a number")
     schedule, optim = config.optim.schedule, config.optim
     if schedule.warmup >= config.steps and config.steps > 1:
         message = f"the warm-up of {schedule.warmup} steps is the whole run: the learning rate only rises"

@@ -17,7 +17,6 @@ import psutil
 from pipeline.checkpoint import disk
 from pipeline.config import Config
 from pipeline.doctor.findings import Report
-from pipeline.optim import OPTIMIZERS
 
 PART = "storage"
 TRIED = 8 << 20  # bytes that are written to see how fast it is
@@ -78,6 +77,8 @@ def _kind(there: Path) -> str:
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
     """About, of one checkpoint: fp32 weights, the optimizer's tensors, and the average of the weights if any."""
+    from pipeline.optim import OPTIMIZERS
+
     tensors = 1 + len(OPTIMIZERS[config.optim.name].tensors) + (config.ema is not None)
     return 4 * parameters * tensors
 

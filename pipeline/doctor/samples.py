@@ -22,7 +22,6 @@ from pipeline.config import Config
 from pipeline.data.decode import load_decoders
 from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.stats import stats
-from pipeline.data.stream import Stream
 from pipeline.doctor.findings import Report
 from pipeline.errors import ConfigError, DataError, MillstreamError
 
@@ -68,7 +67,11 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
             if reading and task is not None:
                 good = _prepare(config, report, place, dataset, _rng(config, task, training), task.prepare)
                 prepared += good if training and len(prepared) < config.micro_batch_size else []
-    if len(identities) and not any(f.level == "error" and f.problem.place.startswith("data") for f in report.findings):
+    if (
+        reading
+        and identities
+        and not any(f.level == "error" and f.problem.place.startswith("data") for f in report.findings)
+    ):
         _order(config, report)
     return prepared[: config.micro_batch_size]
 
@@ -130,7 +133,12 @@ def _prepare(
 ) -> list[dict[str, np.ndarray]]:
     """Read and prepare samples spread over the set; the good ones, up to a micro batch."""
     good, bad, looked, began = [], [], 0, time.perf_counter()
-    for number in _spread(dataset):
+    try:
+        numbers = _spread(dataset)
+    except DataError as error:  # a part of the index
+        report.refuse(PART, error, place)
+        return []
+    for number in numbers:
         looked += 1
         try:
             array = prepare(dataset.sample(number), rng)
@@ -171,6 +179,8 @@ def _spread(dataset: Dataset) -> list[int]:
 
 def _order(config: Config, report: Report) -> None:
     """The order of the run, made as training makes it; how often it goes through each set."""
+    from pipeline.data.stream import Stream
+
     try:
         stream = Stream(config)
     except MillstreamError as error:

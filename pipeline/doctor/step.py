@@ -110,7 +110,7 @@ def shrunken(config: Config, parameters: int | None) -> Config | None:
 def _smaller(config: Config) -> Iterator[dict[str, Any]]:
     """Options of the same architecture, from those that change least to those that change most."""
     options = getattr(config.task, "model", None)
-    if options is None or getattr(config.task, "pretrained", None) is not None:
+    if not isinstance(options, dict) or getattr(config.task, "pretrained", None) is not None:
         return
     shallow = {**options, **{name: 1 for name in DEPTH if name in options}}
     if "depths" in shallow:

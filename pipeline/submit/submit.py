@@ -21,6 +21,7 @@ from pipeline import config as configs
 from pipeline.cluster import history, lease
 from pipeline.cluster import sweep as sweeps
 from pipeline.config import Config
+from pipeline.doctor.examine import before
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.problems import InvalidConfig, Problem
 from pipeline.submit import code, jobs, secrecy, slurm
@@ -104,6 +105,8 @@ def prepare(request: Request) -> Plan:
     problems += [*target.lint(rendered), *code.problems(run.files)]
     problems += secrecy.problems({name: path.read_text() for name, path in run.files.items()}, code=True)
     problems += decoders(config)
+    if seen and not any(problem.place.startswith("data") for problem in problems):
+        problems += before(config)
     if seen:
         problems += [problem for each in members or [config] for problem in run_state(each)]
     plan = Plan(request, run, rendered, problems, list(notes(config, code_found, seen)))

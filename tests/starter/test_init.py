@@ -1,0 +1,96 @@
+"""From a folder of raw data to a configuration that is good: looked at, packed as it says, examined."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.config import load
+from pipeline.data import index
+from pipeline.doctor.examine import examine
+from tests import small_data
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def pictures(folder: Path, size: tuple[int, int] = (40, 30), grey: bool = False) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            shape = size if grey else (*size, 3)
+            Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(folder / name / f"{number}.png")
+
+
+def commands(*words: str) -> list[list[str]]:
+    """What `init` says to do next."""
+    done = CliRunner().invoke(cli.app, ["init", *words])
+    assert done.exit_code == 0, done.output
+    return [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("  millstream")]
+
+
+def follow(said: list[str]) -> None:
+    done = CliRunner().invoke(cli.app, said[1:])
+    assert done.exit_code == 0, done.output
+
+
+def test_a_folder_of_pictures(tmp_path: Path) -> None:
+    pictures(Path("photos"))
+    pack, doctor, train = commands("photos")
+    follow(pack)
+    config = load("photos.yaml")
+    assert (config.task.name, getattr(config.task, "classes"), getattr(config.task, "channels")) == (  # noqa: B009
+        "image_classification",
+        2,
+        3,
+    )
+    report = examine(Path(doctor[-1]), quick=True)
+    assert report.of("error", "warning") == [] and train == ["millstream", "train", "photos.yaml"]
+
+
+def test_a_folder_of_text(tmp_path: Path) -> None:
+    Path("prose").mkdir()
+    lines = [json.dumps({"text": f"The {n}th of many short stories, which is not long.\n" * 20}) for n in range(80)]
+    Path("prose/all.jsonl").write_text("\n".join(lines))
+    pack, doctor, _ = commands("prose")
+    follow(pack)
+    report = examine(Path(doctor[-1]), quick=True)
+    assert [finding for finding in report.of("error", "warning") if finding.problem.place != "data.train"] == []
+
+
+def test_shards_that_are_there(tmp_path: Path) -> None:
+    small_data.images(Path("mine"))
+    _doctor, _ = commands("mine", "--out", "first.yaml")
+    config = load("first.yaml")
+    assert getattr(config.task, "classes") == 4 and config.data.evaluate == {}  # noqa: B009
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    pictures(Path("photos"), grey=True)
+    Path("photos.yaml").write_text("mine\n")
+    done = CliRunner().invoke(cli.app, ["init", "photos"])
+    assert done.exit_code != 0 and "not written over" in str(done.exception)
+    assert Path("photos.yaml").read_text() == "mine\n"
+
+
+def test_what_cannot_be_configured_is_said(tmp_path: Path) -> None:
+    Path("one/only").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("one/only/a.png")
+    small_data.images(Path("tars"))
+    for path in Path("tars").glob("*.idx"):
+        path.unlink()
+    Path("table.csv").write_text("a,b\n1,2\n")
+    for folder, says in (("one", "nothing to tell apart"), ("tars", "data index"), ("table.csv", "pack it first")):
+        done = CliRunner().invoke(cli.app, ["init", folder])
+        assert says in str(done.exception)
+    assert index.build(Path("tars")).samples == 96
