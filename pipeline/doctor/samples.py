@@ -140,14 +140,17 @@ def _prepare(
         return []
     for number in numbers:
         looked += 1
+        sample = dataset.sample(number)
         try:
-            array = prepare(dataset.sample(number), rng)
+            if _of_no_class(config, sample):
+                continue  # told of by the index
+            array = prepare(sample, rng)
             if len(good) < config.micro_batch_size:
                 good.append(array)
         except DataError as error:
             bad.append(str(error))
         except Exception as error:  # a task's own code
-            bad.append(f"sample {dataset.sample(number).key}: {type(error).__name__}: {error}")
+            bad.append(f"sample {sample.key}: {type(error).__name__}: {error}")
         if time.perf_counter() - began > SECONDS:
             break
     report.figures.setdefault(place, {})["looked"] = looked
@@ -162,6 +165,14 @@ def _prepare(
             mend = "`millstream data repair` writes the set without them; data.bad_samples: substitute goes on"
             report.add("error", PART, place, message, mend)
     return good
+
+
+def _of_no_class(config: Config, sample: Sample) -> bool:
+    classes = getattr(config.task, "classes", None)
+    if not isinstance(classes, int) or "cls" not in sample:
+        return False
+    label = sample["cls"]
+    return isinstance(label, int) and not 0 <= label < classes
 
 
 def _spread(dataset: Dataset) -> list[int]:
