@@ -38,11 +38,7 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
 
     reading: also read samples; else what the indexes say is all.
     """
-    try:
-        task = task_file.find(config.task.name).Task(config.task)
-    except MillstreamError as error:
-        report.refuse("task", error, "task.tokenizer" if hasattr(config.task, "tokenizer") else "task")
-        task = None
+    task = _task(config, report) if reading else None
     try:
         decoders = load_decoders(config.data.decoders)
     except ConfigError as error:
@@ -82,6 +78,17 @@ def places(config: Config) -> Iterator[tuple[str, Path]]:
         yield ("data.train" if [*config.data.train] == ["train"] else f"data.train.{name}"), source.folder
     for name, folder in config.data.evaluate.items():
         yield f"data.evaluate.{name}", folder
+
+
+def _task(config: Config, report: Report) -> Any:
+    """The task, or None when it refuses its section."""
+    try:
+        return task_file.find(config.task.name).Task(config.task)
+    except MillstreamError as error:
+        report.refuse("task", error, "task.tokenizer" if hasattr(config.task, "tokenizer") else "task")
+    except Exception as error:  # anyone's own code
+        report.add("error", "task", "task", f"its Task cannot be made: {type(error).__name__}: {error}")
+    return None
 
 
 def _rng(config: Config, task: Any, training: bool) -> np.random.Generator | None:
