@@ -211,6 +211,10 @@ def _target(
         report.put("error", "target", problem)
     for note in plan.notes:
         report.add("note", "target", "target", note)
+    pods = target.options.get("nodes", "1")
+    if target.kind == "k8s" and pods.isdigit() and int(pods) and config.cluster.workers % int(pods):
+        message = f"{config.cluster.workers} workers do not share {pods} pods evenly: some have fewer, and wait"
+        report.add("warning", "target", "-o nodes", message, "a number of pods that divides cluster.workers")
     if target.kind == "k8s" and network is not None and "rayjob.yaml" in plan.rendered:
         _pods(config, report, plan.rendered["rayjob.yaml"], world_size, network)
 

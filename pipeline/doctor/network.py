@@ -104,7 +104,9 @@ def _task(config: Config, report: Report) -> Any:
         return task_file.find(config.task.name).Task(section)
     except MillstreamError as error:
         report.refuse("task", error, "task")
-        return None
+    except Exception as error:  # anyone's own code, told of already where the data are looked at
+        report.add("error", "task", "task", f"its Task cannot be made: {type(error).__name__}: {error}")
+    return None
 
 
 def _run(

@@ -38,11 +38,7 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
 
     reading: also read samples; else what the indexes say is all.
     """
-    try:
-        task = task_file.find(config.task.name).Task(config.task)
-    except MillstreamError as error:
-        report.refuse("task", error, "task.tokenizer" if hasattr(config.task, "tokenizer") else "task")
-        task = None
+    task = _task(config, report) if reading else None
     try:
         decoders = load_decoders(config.data.decoders)
     except ConfigError as error:
@@ -82,6 +78,17 @@ def places(config: Config) -> Iterator[tuple[str, Path]]:
         yield ("data.train" if [*config.data.train] == ["train"] else f"data.train.{name}"), source.folder
     for name, folder in config.data.evaluate.items():
         yield f"data.evaluate.{name}", folder
+
+
+def _task(config: Config, report: Report) -> Any:
+    """The task, or None when it refuses its section."""
+    try:
+        return task_file.find(config.task.name).Task(config.task)
+    except MillstreamError as error:
+        report.refuse("task", error, "task.tokenizer" if hasattr(config.task, "tokenizer") else "task")
+    except Exception as error:  # anyone's own code
+        report.add("error", "task", "task", f"its Task cannot be made: {type(error).__name__}: {error}")
+    return None
 
 
 def _rng(config: Config, task: Any, training: bool) -> np.random.Generator | None:
@@ -140,14 +147,17 @@ def _prepare(
         return []
     for number in numbers:
         looked += 1
+        sample = dataset.sample(number)
         try:
-            array = prepare(dataset.sample(number), rng)
+            if _of_no_class(config, sample):
+                continue  # told of by the index
+            array = prepare(sample, rng)
             if len(good) < config.micro_batch_size:
                 good.append(array)
         except DataError as error:
             bad.append(str(error))
         except Exception as error:  # a task's own code
-            bad.append(f"sample {dataset.sample(number).key}: {type(error).__name__}: {error}")
+            bad.append(f"sample {sample.key}: {type(error).__name__}: {error}")
         if time.perf_counter() - began > SECONDS:
             break
     report.figures.setdefault(place, {})["looked"] = looked
@@ -162,6 +172,14 @@ def _prepare(
             mend = "`millstream data repair` writes the set without them; data.bad_samples: substitute goes on"
             report.add("error", PART, place, message, mend)
     return good
+
+
+def _of_no_class(config: Config, sample: Sample) -> bool:
+    classes = getattr(config.task, "classes", None)
+    if not isinstance(classes, int) or "cls" not in sample:
+        return False
+    label = sample["cls"]
+    return isinstance(label, int) and not 0 <= label < classes
 
 
 def _spread(dataset: Dataset) -> list[int]:

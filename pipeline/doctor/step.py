@@ -28,7 +28,7 @@ from pipeline.errors import MillstreamError
 PART = "step"
 SECONDS = 120.0
 SMALL = 12_000_000  # parameters that are run as they are
-ROWS = 2  # samples of a micro batch, where nothing needs more
+LOUD = 10  # times larger weights than fresh ones, by which what a token sees of others shows
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers")
 WIDTH = ("hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "n_inner", "embedding_size", "head_dim")
 
@@ -172,6 +172,10 @@ def _sees_ahead(config: Config) -> bool:
     model = task.build_model().eval()
     if any(parameter.is_meta for parameter in model.parameters()):
         return False
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(LOUD)
     first = torch.randint(0, size, (1, length))
     second = first.clone()
     half = length // 2

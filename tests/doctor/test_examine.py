@@ -83,7 +83,7 @@ def test_all_mistakes_come_at_once_each_with_its_line(good: Path, tmp_path: Path
 def test_the_command_says_it_to_people_and_programs(good: Path, tmp_path: Path) -> None:
     path = corpus.make({"id": "x", "base": "images", "set": {"task.classes": 3}}, good, tmp_path / "it")
     shown = CliRunner().invoke(cli.app, ["doctor", str(path), "--quick"])
-    assert shown.exit_code == 78 and "would fail: 1 error" in shown.stdout
+    assert shown.exit_code == 78 and "would fail: 2 errors" in shown.stdout
     told = CliRunner().invoke(cli.app, ["doctor", str(path), "task.classes=4", "--quick", "--json"])
     values = json.loads(told.stdout)
     assert told.exit_code == 0 and not values["fails"] and values["seconds"]["all"] > 0
