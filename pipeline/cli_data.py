@@ -77,11 +77,13 @@ def verify(
     from pipeline import terminal
     from pipeline.data import damage as checker
     from pipeline.data.index import read_root
-    from pipeline.data.parallel import processes
+    from pipeline.data.parallel import processes, threads
+    from pipeline.data.storage import is_url
 
     damages, done, whole = [], 0, read_root(folder)
+    over = threads(workers) if is_url(folder) else processes(workers)
     with terminal.progress() as progress:
-        for found in checker.verify(folder, processes(workers)):
+        for found in checker.verify(folder, over):
             if isinstance(found, checker.Damage):
                 damages.append(found)
             else:
@@ -230,7 +232,7 @@ def head(
         sample = finder.find(dataset, key)
         shard = dataset.index.shards.name(dataset.index.locate(sample.number)[0])
         terminal.say(f"sample {sample.number} of {len(dataset):,}, in {shard}")
-        for line in describe(folder, sample):
+        for line in describe(dataset.index.storage, sample):
             terminal.say(line)
         for path in finder.write(sample, to) if to else ():
             terminal.say(f"wrote {path}")

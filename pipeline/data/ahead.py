@@ -30,9 +30,11 @@ import torch
 import torch.multiprocessing  # teaches multiprocessing to pass tensors in shared memory
 
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes, tensor_type
+from pipeline.data.foresight import Again, Foreseen, Foresight, Prepared
 
 START_BYTES = 16  # from torch's 64-byte edges: libjpeg-turbo takes 7 % longer into rows that begin at 32-byte edges
 TOGETHER_SECONDS = 0.001  # for which the taker waits for more than one micro batch, when none is there
+MAPPED_PIECES = 256  # of data sets at a URL, that stay mapped in a decoder process
 PARENT_SECONDS = 1.0  # how often a decoder process looks whether its parent is alive
 
 
@@ -251,10 +253,23 @@ def start(
     processes: int,
     depth: int,
     substitutes: Substitutes | None = None,
-) -> Threads | Processes | Here:
-    """Prepare what the plans say, in processes if there shall be some, else in threads, with neither when asked."""
+    again: Again | None = None,
+) -> Prepared:
+    """Prepare what the plans say, in processes if there shall be some, else in threads, with neither when asked.
+
+    again: when a sample comes again, see foresight.py; only for data sets at a URL.
+    """
     known: Substitutes = {} if substitutes is None else substitutes
     depth = max(depth, 1)
+    if any(dataset.remote for dataset in fill.datasets):
+        foresight = Foresight(fill.datasets, plans, again, maps=not processes)
+        return Foreseen(_start(fill, foresight, threads, processes, depth, known), foresight)
+    return _start(fill, plans, threads, processes, depth, known)
+
+
+def _start(
+    fill: Fill, plans: Iterator[Callable[[], Rows]], threads: int, processes: int, depth: int, known: Substitutes
+) -> Prepared:
     if processes:
         return Processes(fill, plans, known, processes=processes, depth=depth)
     if threads:
@@ -287,4 +302,8 @@ def _begin(fill: Fill, parent: int) -> None:
 
 def _filled(rows: Rows, substitutes: Substitutes) -> MicroBatch:
     assert _fill is not None
-    return _fill(rows, substitutes)
+    micro = _fill(rows, substitutes)
+    for dataset in _fill.datasets:
+        if dataset.remote is not None:
+            dataset.remote.settle(MAPPED_PIECES)
+    return micro

@@ -19,7 +19,7 @@ What it gives up: times of use are estimates (the pace of the last steps); they 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -47,6 +47,10 @@ class Pieces:
         shard = int(self._firsts.searchsorted(piece, "right")) - 1
         first, start, end = (piece - shard) * self.block, int(self.starts[shard]), int(self.starts[shard + 1])
         return shard, max(first, start) - start, min(first + self.block, end) - start
+
+    def block_in(self, piece: int) -> int:
+        """Which it is, from 0, of the pieces of its shard."""
+        return piece - int(self._firsts[int(self._firsts.searchsorted(piece, "right")) - 1])
 
     def first_sample(self, piece: int) -> int:
         """The number of its first sample."""
@@ -92,17 +96,16 @@ class Ahead:
         """Whether the next turn shall be planned."""
         return self._waiting < self.most
 
-    def plan(self, pieces: Iterable[int], size: int) -> list[int]:
-        """The next turn needs these pieces, of about `size` bytes each: those of them that are to be asked for now."""
+    def plan(self, needed: Mapping[int, int]) -> list[int]:
+        """The next turn needs these pieces (-> about their bytes): those of them that are to be asked for now."""
         turn, new = self._planned, []
-        needed = list(dict.fromkeys(pieces))
-        for piece in needed:
+        for piece, size in needed.items():
             if piece not in self._last:
                 new.append(piece)
                 self._first.append((turn, size))
                 self._waiting += size
             self._last[piece] = turn
-        self._needed.append(needed)
+        self._needed.append([*needed])
         self._planned += 1
         return new
 

@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     epochs: np.ndarray  # int64[m], of that data set
     numbers: np.ndarray  # int64[m], in that data set
     where: str  # for messages
-    lookup: Lookup | None = None  # where they lie, among others,
+    lookup: Callable[[], Lookup | None] | None = None  # where they lie, among others,
     low: int = 0  # from this place on
 
 
@@ -95,9 +95,15 @@ class Fill:
             if (numbers != rows.numbers).any():
                 rows = rows._replace(numbers=numbers, lookup=None, low=0)
         empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
+        for source, dataset in enumerate(self.datasets):
+            if dataset.remote is not None:
+                dataset.remote.ask_all(rows.numbers[rows.sources == source])
         if self.gather is not None and self.seed is None:
             try:
-                lookup = rows.lookup or Lookup(self.datasets, rows.sources, rows.numbers)
+                lookup = rows.lookup() if rows.lookup else None
+                if lookup is None:
+                    rows = rows._replace(low=0)
+                    lookup = Lookup(self.datasets, rows.sources, rows.numbers)
                 samples = Samples(lookup, rows.low, rows.low + len(rows.numbers), empty)
                 arrays = self.gather(samples)
             except DataError:
@@ -154,8 +160,8 @@ class Fill:
     def _name(self, source: int, number: int) -> str:
         dataset = self.datasets[source]
         with suppress(DataError):  # of the shard itself
-            return f"sample {number} ({dataset.sample(number).key}) of {dataset.index.folder}"
-        return f"sample {number} of {dataset.index.folder}"
+            return f"sample {number} ({dataset.sample(number).key}) of {dataset.index.place}"
+        return f"sample {number} of {dataset.index.place}"
 
     def _prepared(self, source: int, epoch: int, number: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if rng is not None:

@@ -132,7 +132,7 @@ class Planned:
         self._start, self._looks_up = start_step, looks_up
         self._steps = max(1, PLANNED_ROWS // (len(own) * micro_batch))
         self._lock = Lock()
-        self._turns: dict[int, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], Lookup | None]] = {}
+        self._turns: dict[int, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], _Lookup | None]] = {}
 
     def rows(self, step: int, j: int) -> Rows:
         turn, place = divmod(step - self._start, self._steps)
@@ -141,7 +141,7 @@ class Planned:
                 first = self._start + turn * self._steps
                 columns = self._order.plan(range(first, first + self._steps), self._own, self._micro_batch)
                 sources, _, numbers = columns
-                lookup = self._fill.lookup(sources.ravel(), numbers.ravel()) if self._looks_up else None
+                lookup = _Lookup(self._fill, sources.ravel(), numbers.ravel()) if self._looks_up else None
                 self._turns = {turn - 1: self._turns[turn - 1]} if turn - 1 in self._turns else {}
                 self._turns[turn] = columns, lookup
             columns, lookup = self._turns[turn]
@@ -149,6 +149,19 @@ class Planned:
         sources, epochs, numbers = (column[place, k] for column in columns)
         low = (place * len(self._own) + k) * self._micro_batch
         return Rows(j, sources, epochs, numbers, f"step {step}, micro batch {j}", lookup, low)
+
+
+class _Lookup:
+    """A lookup that is made when it is first asked for; threads share it."""
+
+    def __init__(self, fill: Fill, sources: np.ndarray, numbers: np.ndarray) -> None:
+        self._make, self._lock = partial(fill.lookup, sources, numbers), Lock()
+        self._made: tuple[Lookup | None] | None = None
+
+    def __call__(self) -> Lookup | None:
+        with self._lock:
+            self._made = self._made or (self._make(),)
+            return self._made[0]
 
 
 def evaluation_batches(
@@ -163,7 +176,7 @@ def evaluation_batches(
     samples = len(fill.datasets[0])
     batches = -(-samples // micro_batch_size)
     if not batches:
-        raise DataError(f"{fill.datasets[0].index.folder} has no samples to evaluate; pack or index another folder")
+        raise DataError(f"{fill.datasets[0].index.place} has no samples to evaluate; pack or index another folder")
 
     def rows(i: int) -> Rows:
         numbers = np.arange(i * micro_batch_size, min((i + 1) * micro_batch_size, samples), dtype=np.int64)

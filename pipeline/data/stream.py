@@ -10,17 +10,18 @@ person asked for a new order on purpose. What it gives up: the state says which 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.data.cache import Place
 from pipeline.data.decode import load_decoders
 from pipeline.data.fill import Fill, Substitutes
 from pipeline.data.loader import Loader
 from pipeline.data.mixture import Mixture, Source
-from pipeline.data.order import block_samples
-from pipeline.data.reader import Sample, open_dataset
+from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.skipped import Skipped
 from pipeline.errors import DataError
 
@@ -35,21 +36,27 @@ class Preparing(Protocol):
     def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]: ...
 
 
+def open_set(config: Config, place: Path | str) -> Dataset:
+    """One of the data sets that a configuration names, as its `data` says. Raises DataError as open_index does."""
+    data = config.data
+    cache = Place(data.cache, data.cache_bytes)
+    return open_dataset(place, data.check_digests, load_decoders(data.decoders), data.block_bytes, cache)
+
+
 class Stream:
     """Opened data sets in the order that the configuration asks for, or, after `resume`, that of a checkpoint."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        decoders = load_decoders(config.data.decoders)
         sources = config.data.train
-        self.datasets = [open_dataset(s.folder, config.data.check_digests, decoders) for s in sources.values()]
+        self.datasets = [open_set(config, source.folder) for source in sources.values()]
         self.mixture = Mixture.start(
             [
                 Source(
                     name,
                     dataset.identity,
                     len(dataset),
-                    block_samples(len(dataset), dataset.index.bytes, config.data.block_bytes),
+                    dataset.block,
                     source.weight,
                 )
                 for (name, source), dataset in zip(sources.items(), self.datasets)
@@ -132,8 +139,8 @@ class Stream:
         """About what one worker reads from at a time: the windows of its lanes, over all data sets."""
         segment = self.mixture.segments[-1]
         lanes = -(-segment.lanes // world_size)
-        window = segment.window_blocks * self.config.data.block_bytes
-        return sum(min(lanes * window, dataset.index.bytes) for dataset in self.datasets)
+        blocks = lanes * segment.window_blocks
+        return sum(min(blocks * dataset.block_bytes, dataset.index.bytes) for dataset in self.datasets)
 
     def _grown(self, source: int, samples: int) -> str | None:
         """The identity that the first `samples` samples of a source have by themselves."""
@@ -142,7 +149,7 @@ class Stream:
     def loader(self, task: Preparing, rank: int, world_size: int, first: int) -> Loader:
         """A rank's micro batches from step `first` on; what it decides on bad samples it writes into `substitutes`."""
         data, config = self.config.data, self.config
-        blocks = [block_samples(len(one), one.index.bytes, data.block_bytes) for one in self.datasets]
+        blocks = [one.block for one in self.datasets]
         lanes = data.lanes or config.micro_batches
         fill = Fill(
             self.datasets,
