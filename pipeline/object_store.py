@@ -1,4 +1,4 @@
-"""Files below a URL, whole or by ranges of bytes: http(s) by threads with connections that are kept, all else by fsspec.
+"""Files below a URL, whole or by ranges of bytes: http(s) by http_store.py, whatever else fsspec knows here.
 
     open_store("s3://bucket/photos") -> Store: list, info, read, fetch, write, put, remove
 
@@ -7,26 +7,19 @@ pauses; what will not (not there, not allowed, changed) is raised at once, with 
 file has a version (its ETag, else its size and time of change), and a range of another version is refused. Credentials
 and endpoints come from the environment, as the store's own library finds them.
 
-What it gives up: http(s) knows no list of files and no writing; a redirect is followed anew for each request.
+What it gives up: fsspec's stores do not say with a range which version it is of; it is asked for once, beforehand.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
-from urllib.parse import quote, urlsplit
 
 from pipeline.errors import DataError
 
 RETRY_SECONDS = (0.2, 1.0, 3.0, 8.0, 15.0)  # pauses before what failed is tried again
-CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0  # without a sign of life
-CHUNK_BYTES = 1 << 18  # read at a time
-CONNECTIONS = 64  # kept, to one host
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be others the next time
 LATER = "check network and endpoint; the same command goes on"
 
 T = TypeVar("T")
@@ -82,10 +75,19 @@ class Store(Protocol):
 
     def remove(self, name: str) -> None: ...
 
+    def close(self) -> None: ...
 
-def open_store(url: str) -> Store:
-    """Raises StoreError for a kind of store that nobody knows, or whose package is missing."""
-    return _Http(url) if url.startswith(("http://", "https://")) else _Files(url)
+
+def open_store(url: str, pauses: Sequence[float] = RETRY_SECONDS) -> Store:
+    """pauses: seconds before what failed is tried again, one for each time.
+
+    Raises StoreError for a kind of store that nobody knows, or whose package is missing.
+    """
+    if url.startswith(("http://", "https://")):
+        from pipeline.http_store import HttpStore
+
+        return HttpStore(url, pauses)
+    return _Files(url, pauses)
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -109,9 +111,11 @@ def said(error: BaseException) -> str:
     return text
 
 
-def tried(place: str, do: Callable[[], T], explain: Callable[[Exception], StoreError | None]) -> T:
+def tried(
+    place: str, pauses: Sequence[float], do: Callable[[], T], explain: Callable[[Exception], Exception | None]
+) -> T:
     """`do()`, again after a pause when it fails with what `explain` has no final word for."""
-    for pause in (*RETRY_SECONDS, None):
+    for pause in (*pauses, None):
         try:
             return do()
         except StoreError:
@@ -121,124 +125,18 @@ def tried(place: str, do: Callable[[], T], explain: Callable[[Exception], StoreE
             if final is not None:
                 raise final from error
             if pause is None:
-                times = f"tried {len(RETRY_SECONDS) + 1} times"
-                raise StoreError(f"{place}: {said(error)}, {times}; {LATER}") from error
+                times = f", tried {len(pauses) + 1} times" if pauses else ""
+                raise StoreError(f"{place}: {said(error)}{times}; {LATER}") from error
             time.sleep(pause)
     raise AssertionError
-
-
-class _Http:
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-
-    @cached_property
-    def _pool(self) -> Any:
-        import urllib3
-
-        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
-        return urllib3.PoolManager(
-            8, maxsize=CONNECTIONS, block=False, retries=urllib3.Retry(0, redirect=5), timeout=timeout
-        )
-
-    def infos(self, below: str = "") -> None:
-        return None
-
-    def info(self, name: str) -> Info:
-        def ask() -> Info:
-            answer = self._asked("HEAD", name)
-            answer.drain_conn()
-            return Info(int(answer.headers["Content-Length"]), _version(answer.headers))
-
-        return self._tried(name, ask)
-
-    def read(self, name: str) -> bytes:
-        def get() -> bytes:
-            answer = self._asked("GET", name)
-            try:
-                return answer.read(decode_content=False)
-            finally:
-                answer.release_conn()
-
-        return self._tried(name, get)
-
-    def fetch(self, name: str, begin: int, end: int, into: memoryview) -> str:
-        return self._tried(name, lambda: self._fetch(name, begin, end, into))
-
-    def _fetch(self, name: str, begin: int, end: int, into: memoryview) -> str:
-        answer = self._asked("GET", name, {"Range": f"bytes={begin}-{end - 1}"})
-        whole = False
-        try:
-            if answer.status != 206 and begin:
-                mend = "serve the shards by one that does (nginx, an object store), or copy them to a local folder"
-                raise StoreError(f"{self._place(name)}: this server does not answer ranges of bytes; {mend}")
-            got = 0
-            while got < end - begin:
-                chunk = answer.read(min(CHUNK_BYTES, end - begin - got), decode_content=False)
-                if not chunk:
-                    raise Passing(f"{got} bytes came instead of {end - begin}")
-                into[got : got + len(chunk)] = chunk
-                got += len(chunk)
-            whole = answer.status == 206
-            return _version(answer.headers)
-        finally:
-            if whole:
-                answer.drain_conn()
-                answer.release_conn()
-            else:
-                answer.close()
-
-    def write(self, name: str, content: bytes) -> None:
-        self._read_only()
-
-    def put(self, file: Path, name: str) -> None:
-        self._read_only()
-
-    def remove(self, name: str) -> None:
-        self._read_only()
-
-    def _read_only(self) -> None:
-        raise StoreError(f"{self.url}: http(s) is only read; write through the store's own URL, such as s3://")
-
-    def _place(self, name: str) -> str:
-        return f"{self.url}/{name}"
-
-    def _asked(self, method: str, name: str, headers: dict[str, str] | None = None) -> Any:
-        """An answer whose body is not read yet. Raises Passing, or what is final."""
-        place = f"{self.url}/{quote(name)}"
-        plain = {"Accept-Encoding": "identity", **(headers or {})}
-        answer = self._pool.request(method, place, headers=plain, preload_content=False)
-        if answer.status < 300:
-            return answer
-        answer.close()
-        raise _judged(place, answer.status, answer.reason) or Passing(f"HTTP {answer.status} {answer.reason}")
-
-    def _tried(self, name: str, do: Callable[[], T]) -> T:
-        return tried(self._place(name), do, lambda error: None)
-
-
-def _judged(place: str, status: int, reason: str | None) -> StoreError | None:
-    what = f"{place}: HTTP {status} {reason or ''}".rstrip()
-    if status in (401, 403, 407):
-        return Refused(f"{what}: access refused; check the credentials in the environment, and the rights of this file")
-    if status in (404, 410):
-        return Absent(f"{what}: not there; check the URL, or send the data set again (`millstream data send`)")
-    if status in (412, 416):
-        return Changed(f"{what}: is not the file that was indexed; send the data set again, under another name")
-    return None if status in PASSING else StoreError(f"{what}; check the URL")
-
-
-def _version(headers: Any) -> str:
-    """Of an answer: the ETag, or when the file was changed."""
-    return (headers.get("ETag") or headers.get("Last-Modified") or "").removeprefix("W/").strip('"')
 
 
 class _Files:
     """Whatever fsspec knows."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, pauses: Sequence[float]) -> None:
+        self.url, self._pauses = url.rstrip("/"), pauses
         self._files, self._root = file_system(self.url)
-        self._lock = threading.Lock()
 
     def infos(self, below: str = "") -> dict[str, Info]:
         self._files.invalidate_cache()
@@ -249,7 +147,11 @@ class _Files:
         return {path.removeprefix(f"{self._root}/"): _info(info) for path, info in found.items()}
 
     def info(self, name: str) -> Info:
-        return _info(self._tried(name, lambda: self._files.info(self._at(name))))
+        def ask() -> Info:
+            self._files.invalidate_cache()
+            return _info(self._files.info(self._at(name)))
+
+        return self._tried(name, ask)
 
     def read(self, name: str) -> bytes:
         return self._tried(name, lambda: self._files.cat_file(self._at(name)))
@@ -273,11 +175,14 @@ class _Files:
     def remove(self, name: str) -> None:
         self._tried(name, lambda: self._files.rm_file(self._at(name)))
 
+    def close(self) -> None:
+        """fsspec keeps its own connections, for all that ask."""
+
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def _tried(self, name: str, do: Callable[[], T]) -> T:
-        return tried(f"{self.url}/{name}".rstrip("/"), do, self._explained)
+        return tried(f"{self.url}/{name}".rstrip("/"), self._pauses, do, self._explained)
 
     def _explained(self, error: Exception) -> StoreError | None:
         """What no retry will mend."""
@@ -292,9 +197,3 @@ def _info(found: dict[str, Any]) -> Info:
     version = found.get("ETag") or found.get("etag") or found.get("md5Hash")
     changed = found.get("LastModified") or found.get("mtime") or found.get("last_modified") or found.get("updated")
     return Info(found["size"], str(version or f"{found['size']} {changed}").strip('"'))
-
-
-def host(url: str) -> str:
-    """The server of a URL, for messages."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"

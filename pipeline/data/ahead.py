@@ -34,7 +34,6 @@ from pipeline.data.foresight import Again, Foreseen, Foresight, Prepared
 
 START_BYTES = 16  # from torch's 64-byte edges: libjpeg-turbo takes 7 % longer into rows that begin at 32-byte edges
 TOGETHER_SECONDS = 0.001  # for which the taker waits for more than one micro batch, when none is there
-MAPPED_PIECES = 256  # of data sets at a URL, that stay mapped in a decoder process
 PARENT_SECONDS = 1.0  # how often a decoder process looks whether its parent is alive
 
 
@@ -255,26 +254,18 @@ def start(
     substitutes: Substitutes | None = None,
     again: Again | None = None,
 ) -> Prepared:
-    """Prepare what the plans say, in processes if there shall be some, else in threads, with neither when asked.
-
-    again: when a sample comes again, see foresight.py; only for data sets at a URL.
-    """
-    known: Substitutes = {} if substitutes is None else substitutes
-    depth = max(depth, 1)
+    """Prepare what the plans say, in processes if there shall be some, else in threads, with neither when asked."""
+    known, depth = {} if substitutes is None else substitutes, max(depth, 1)
+    foresight = None
     if any(dataset.remote for dataset in fill.datasets):
-        foresight = Foresight(fill.datasets, plans, again, maps=not processes)
-        return Foreseen(_start(fill, foresight, threads, processes, depth, known), foresight)
-    return _start(fill, plans, threads, processes, depth, known)
-
-
-def _start(
-    fill: Fill, plans: Iterator[Callable[[], Rows]], threads: int, processes: int, depth: int, known: Substitutes
-) -> Prepared:
+        plans = foresight = Foresight(fill.datasets, plans, again, maps=not processes)
     if processes:
-        return Processes(fill, plans, known, processes=processes, depth=depth)
-    if threads:
-        return Threads(fill, plans, known, threads=threads, depth=depth)
-    return Here(fill, plans, known)
+        prepared = Processes(fill, plans, known, processes=processes, depth=depth)
+    elif threads:
+        prepared = Threads(fill, plans, known, threads=threads, depth=depth)
+    else:
+        prepared = Here(fill, plans, known)
+    return Foreseen(prepared, foresight) if foresight else prepared
 
 
 def _decide(substitutes: Substitutes, micro: MicroBatch) -> None:
@@ -303,7 +294,5 @@ def _begin(fill: Fill, parent: int) -> None:
 def _filled(rows: Rows, substitutes: Substitutes) -> MicroBatch:
     assert _fill is not None
     micro = _fill(rows, substitutes)
-    for dataset in _fill.datasets:
-        if dataset.remote is not None:
-            dataset.remote.settle(MAPPED_PIECES)
+    _fill.settle()
     return micro

@@ -9,9 +9,9 @@ that have it mapped. The time of a file (mtime) is the time at which its next us
 those go first whose time is farthest (cache_policy.py). The count of bytes is in one file, and is set right at every
 eviction.
 
-A disk that is full, or cannot be written to, is told once; then pieces are kept in memory by who reads them, and nothing
-is lost. What it gives up: nothing waits for the disk (no fsync), so after a power failure a piece may hold other bytes.
-The digest of each sample tells, and the piece is fetched again.
+A disk that is full, or cannot be written to, is told once; then pieces are kept in memory by who reads them, and
+nothing is lost. What it gives up: nothing waits for the disk (no fsync), so after a power failure a piece may hold
+other bytes. The digest of each sample tells, and the piece is fetched again.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ class Cache:
                 raise DataError(f"{base} is another user's: set data.cache to a folder of your own")
         except OSError as error:
             self._tell(error)
+
+    def take_trouble(self) -> str | None:
+        """Why pieces are not kept, in words; once."""
+        trouble, self.trouble = self.trouble, None
+        return trouble
 
     def key(self, url: str, version: str) -> str:
         """The folder of a file's pieces."""

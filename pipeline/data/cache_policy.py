@@ -81,7 +81,7 @@ def ahead_bytes(window_bytes: int, block_bytes: int, share: int) -> int:
 class Ahead:
     """Which pieces of a worker are asked for next, and which are used up. Turns are its micro batches, from 0.
 
-    most: bytes that may wait for their first use.
+    most: bytes that may wait for their first use.  planned: turns so far.
     """
 
     def __init__(self, most: int) -> None:
@@ -89,7 +89,7 @@ class Ahead:
         self._last: dict[int, int] = {}  # piece -> last turn known to need it
         self._first: deque[tuple[int, int]] = deque()  # (turn, bytes) of first uses that are still to come
         self._needed: deque[list[int]] = deque()  # pieces of each turn that has not passed
-        self._waiting, self._planned, self._passed = 0, 0, 0
+        self._waiting, self.planned, self._passed = 0, 0, 0
 
     @property
     def has_room(self) -> bool:
@@ -98,7 +98,7 @@ class Ahead:
 
     def plan(self, needed: Mapping[int, int]) -> list[int]:
         """The next turn needs these pieces (-> about their bytes): those of them that are to be asked for now."""
-        turn, new = self._planned, []
+        turn, new = self.planned, []
         for piece, size in needed.items():
             if piece not in self._last:
                 new.append(piece)
@@ -106,7 +106,7 @@ class Ahead:
                 self._waiting += size
             self._last[piece] = turn
         self._needed.append([*needed])
-        self._planned += 1
+        self.planned += 1
         return new
 
     def take(self, turn: int) -> None:
@@ -117,7 +117,7 @@ class Ahead:
     def passed(self, turns: int) -> list[int]:
         """The first `turns` turns are over: the pieces that no planned one needs any more."""
         over = []
-        while self._passed < min(turns, self._planned):
+        while self._passed < min(turns, self.planned):
             for piece in self._needed.popleft():
                 if self._last.get(piece) == self._passed:
                     del self._last[piece]

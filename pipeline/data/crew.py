@@ -1,15 +1,17 @@
-"""Threads that fetch: what is wanted at once comes before what is asked for ahead, and nobody waits for them at the end.
+"""Threads that fetch: what is wanted at once comes before what is asked for ahead, and nobody waits for their end.
 
 They end with their process (daemon threads), so a request that hangs holds up nothing.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+NOW = -1.0  # the turn of what somebody waits for
 STOP_SECONDS = 0.2  # how often who waits looks whether it still shall
 
 
@@ -22,6 +24,7 @@ class Wait:
         self._then: list[Callable[[Any], Any]] = []
         self._lock = threading.Lock()
         self.error: BaseException | None = None
+        self.turn, self.begun = NOW, False  # its place in a crew's work
 
     @property
     def is_done(self) -> bool:
@@ -62,19 +65,21 @@ class Crew:
 
     def __init__(self, threads: int, name: str) -> None:
         self._most, self._name = threads, name
-        self._asked: deque[Callable[[], None]] = deque()
+        self._asked: list[tuple[float, int, Wait, Callable[[], Any]]] = []  # a heap
+        self._count = itertools.count()
         self._wake = threading.Condition()
         self._threads, self._idle, self._closed = 0, 0, False
 
-    def ask(self, work: Callable[[], None], urgent: bool = False) -> None:
-        """Have something done, which raises nothing; before all else when it is urgent. RuntimeError once closed."""
+    def ask(self, wait: Wait, work: Callable[[], Any], turn: float = NOW) -> None:
+        """Have something done that others wait for, in the order of turns. RuntimeError once closed.
+
+        Asked again with an earlier turn, it comes then, and is done once.
+        """
         with self._wake:
             if self._closed:
                 raise RuntimeError("the data set is closed")
-            if urgent:
-                self._asked.appendleft(work)
-            else:
-                self._asked.append(work)
+            heapq.heappush(self._asked, (turn, next(self._count), wait, work))
+            wait.turn = turn
             if self._idle < len(self._asked) and self._threads < self._most:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"{self._name} {self._threads}", daemon=True).start()
@@ -95,5 +100,8 @@ class Crew:
                 self._idle -= 1
                 if self._closed:
                     return
-                work = self._asked.popleft()
-            work()
+                _, _, wait, work = heapq.heappop(self._asked)
+                if wait.begun:
+                    continue
+                wait.begun = True
+            wait.do(work)

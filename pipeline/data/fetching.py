@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from pipeline.data.cache_policy import Pieces
-from pipeline.data.crew import Wait
+from pipeline.data.crew import NOW, Wait
 from pipeline.data.index import Index
 from pipeline.data.remote import Remote, RemoteTar
 from pipeline.data.segment import Segment
@@ -33,21 +33,21 @@ class Fetching:
         return Pieces(self._index.starts, self._block)
 
     def open(self, shard: int) -> tuple[Segment, RemoteTar]:
-        """Wait until a shard is open. Raises StoreError when the store fails, another DataError for what is wrong there."""
-        return self._asked(shard, urgent=True).result(self.remote.is_stopped)
+        """Wait until a shard is open. Raises StoreError when the store fails, another DataError for a bad shard."""
+        return self._asked(shard, NOW).result(self.remote.is_stopped)
 
     def open_ahead(self, shards: list[int]) -> None:
-        """Have shards opened that will be needed together."""
+        """Have shards opened that are needed together now."""
         for shard in shards:
-            self._asked(shard)
+            self._asked(shard, NOW)
 
-    def ask(self, piece: int) -> None:
-        """Have a piece fetched soon; errors are for who needs it."""
+    def ask(self, piece: int, turn: float = NOW) -> None:
+        """Have a piece fetched, before what has a later turn; errors are for who needs it."""
         block = self.pieces.block_in(piece)
-        self._asked(self.pieces.rows(piece)[0]).afterwards(lambda opened: opened[1].ask(block))
+        self._asked(self.pieces.rows(piece)[0], turn).afterwards(lambda opened: opened[1].ask(block, turn))
 
     def ask_all(self, numbers: np.ndarray) -> None:
-        """Have all samples int64[k] fetched soon."""
+        """Have all samples int64[k] fetched now."""
         for piece in np.unique(self.pieces.of(numbers)).tolist():
             self.ask(piece)
 
@@ -73,12 +73,14 @@ class Fetching:
         wait = self._shards.get(shard)
         return wait.result()[1] if wait is not None and wait.is_done and wait.error is None else None
 
-    def _asked(self, shard: int, urgent: bool = False) -> Wait:
+    def _asked(self, shard: int, turn: float) -> Wait:
         with self._lock:
             wait = self._shards.get(shard)
             if wait is None or wait.error is not None:
                 wait = self._shards[shard] = Wait()
-                self.remote.heads.ask(partial(wait.do, partial(self._open, shard)), urgent)
+                self.remote.heads.ask(wait, partial(self._open, shard), turn)
+            elif turn < wait.turn and not wait.begun:
+                self.remote.heads.ask(wait, partial(self._open, shard), turn)
             return wait
 
     def _open(self, shard: int) -> tuple[Segment, RemoteTar]:

@@ -25,6 +25,8 @@ from pipeline.data.samples import Empty, Lookup, Samples
 from pipeline.data.slow import Reads
 from pipeline.errors import DataError, MillstreamError
 
+MAPPED_PIECES = 256  # of data sets at a URL, that stay mapped in a decoder process
+
 Prepare = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]]
 Gather = Callable[[Samples], dict[str, np.ndarray] | None]
 Substitutes: TypeAlias = "dict[tuple[int, int], int]"
@@ -113,6 +115,12 @@ class Fill:
                 reads = samples.reads or self._reads()
                 return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch, reads=reads)
         return self._one_by_one(rows, substitutes, empty, stopped)
+
+    def settle(self) -> None:
+        """Let go of most of what was fetched; nobody may be reading."""
+        for dataset in self.datasets:
+            if dataset.remote is not None:
+                dataset.remote.settle(MAPPED_PIECES)
 
     def lookup(self, sources: np.ndarray, numbers: np.ndarray) -> Lookup | None:
         """Where the samples of several micro batches to come lie; None when that is not needed, or wants a closer look.

@@ -65,6 +65,7 @@ class Foresight:
             self._wake.wait_for(lambda: self._known or self._ended or self._closed)
             if not self._known:
                 raise StopIteration
+            self._wake.notify_all()  # whoever looks ahead may have waited for room here
             return self._known.popleft()
 
     def take(self) -> None:
@@ -138,12 +139,12 @@ class Foresight:
                     needed[piece] = self._sizes[source]
                     self._epochs[piece] = epoch
         with self._wake:
-            new = self._ahead.plan(needed)
+            turn, new = self._ahead.planned, self._ahead.plan(needed)
             self._rows = len(rows.numbers)
         for piece in new:
             fetching = self._datasets[piece // SOURCE].remote
             if fetching is not None:
-                fetching.ask(piece % SOURCE)
+                fetching.ask(piece % SOURCE, turn)
 
 
 Again = Callable[[int, int, int], float | None]

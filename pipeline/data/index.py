@@ -111,12 +111,21 @@ def open_index(place: Path | str | Storage, cache: Place | None = None) -> Index
     Raises DataError when there is none, when it is damaged, or when tars were added, removed or changed since.
     """
     index = read_root(place, cache)
+    try:
+        _compare(index)
+    except DataError:
+        index.storage.close()
+        raise
+    return index
+
+
+def _compare(index: Index) -> None:
     there = index.storage.sizes(len(index.shards))
     if there is None:
-        return index
+        return
     noted = dict(zip(index.shards.all_names(), index.shards.records["bytes"].tolist()))
     if there == noted:
-        return index
+        return
     changes = [f"{name} is gone" for name in noted if name not in there]
     changes += [f"{name} is new" for name in there if name not in noted]
     changes += [
@@ -137,6 +146,15 @@ def read_root(place: Path | str | Storage, cache: Place | None = None) -> Index:
     cache: of a URL's pieces on this node.
     """
     storage = open_storage(place, cache)
+    try:
+        return _read_root(storage)
+    except DataError:
+        if storage is not place:
+            storage.close()
+        raise
+
+
+def _read_root(storage: Storage) -> Index:
     mend = _mend(storage)
     try:
         view = storage.map(ROOT)

@@ -127,8 +127,7 @@ class Sample:
                 f"{self._shard.path}: sample {self.key} (number {self.number}) has no field {field}, it has "
                 f"{', '.join(self._fields)}; use another task, or pack the data set with that field"
             )
-        pieces = self._shard.pieces
-        if pieces is not None:
+        if (pieces := self._shard.pieces) is not None:
             pieces.need(self._row)
         data = self._shard.tar[place.offset : place.offset + place.length]
         if self._dataset.check_digests:
@@ -210,8 +209,7 @@ class Dataset:
 
     def reopen(self) -> Dataset:
         """The same data set, opened anew."""
-        make, arguments = self.__reduce__()
-        return make(*arguments)
+        return open_dataset(*self.__reduce__()[1])
 
     def take_reads(self) -> Reads:
         """What was read of each shard since this was last asked. Of several threads one gets what all have read."""
@@ -243,14 +241,11 @@ class Dataset:
         with self._lock:
             if shard not in self._mapped:
                 while len(self._mapped) >= MAX_MAPPED:
-                    self._forget(next(iter(self._mapped)))  # the one mapped longest ago
+                    self._mapped.pop(gone := next(iter(self._mapped)))  # the one mapped longest ago
+                    if self.remote is not None:
+                        self.remote.forget(gone)
                 self._mapped[shard] = arrived or self._open(shard)
             return self._mapped[shard]
-
-    def _forget(self, shard: int) -> None:
-        self._mapped.pop(shard)
-        if self.remote is not None:
-            self.remote.forget(shard)
 
     def _open(self, shard: int) -> Mapped:
         noted, path = self.index.shards[shard], self.index.tar_path(shard)

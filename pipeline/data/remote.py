@@ -1,6 +1,6 @@
 """Shards at a URL: their index read at once, their tars by pieces that the node's cache keeps.
 
-    piece asked for -> index of its shard, version of its tar (once, many at a time) -> bytes from the cache or the store
+    piece asked for -> index of its shard, version of its tar (once, many at a time) -> bytes, from cache or store
                     -> mapped into the tar's span -> whoever needs its samples goes on
 
 A tar is a `Span`: readers follow addresses in it as in a local one, after `RemoteTar.need`. Which pieces are asked for
@@ -18,9 +18,9 @@ import os
 import tempfile
 import threading
 import time
-from typing import Any
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
@@ -28,7 +28,7 @@ from xxhash import xxh3_128_hexdigest
 from pipeline.data import cache_policy
 from pipeline.data.cache import Cache, Held, Place
 from pipeline.data.cache_policy import BLOCK_BYTES, IN_FLIGHT, Pieces
-from pipeline.data.crew import Crew, Wait
+from pipeline.data.crew import NOW, Crew, Wait
 from pipeline.data.root import Shard
 from pipeline.data.segment import Segment
 from pipeline.data.slow import Reads
@@ -54,7 +54,7 @@ class Remote:
         self.maps = True  # what is asked for; else it is only brought into the cache, for other processes
         self.stopped = False  # nobody shall wait for anything now
         self._infos: dict[str, Info] | None = None
-        self._lock = threading.Lock()
+        self._lock, self._buffers = threading.Lock(), threading.local()
         self.heads, self.crew = Crew(2 * IN_FLIGHT, "head"), Crew(IN_FLIGHT, "fetch")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,18 +102,21 @@ class Remote:
         if found is not None or self._infos is not None:
             wait.do(lambda: found or self.info(name))
         else:
-            self.crew.ask(partial(wait.do, partial(self.info, name)), urgent=True)
+            self.crew.ask(wait, partial(self.info, name))
         return wait
 
     def fetch(self, name: str, version: str, begin: int, end: int) -> memoryview:
-        """Bytes of a tar from the store. Raises Changed when it is another one by now."""
-        buffer = memoryview(bytearray(end - begin))
+        """Bytes of a tar from the store, in memory that this thread's next call takes.
+
+        Raises Changed when it is another one by now.
+        """
+        buffer = self._buffer(end - begin)
         began = time.perf_counter()
         found = self.store.fetch(name, begin, end, buffer)
         if found and version and found != version:
             raise Changed(
-                f"{self.place}/{name}: was replaced at its place while it is read (ETag {version} -> {found}); what was "
-                "trained on so far is the old one. Put it back, or start a new run on the new data"
+                f"{self.place}/{name}: was replaced at its place while it is read (ETag {version} -> {found}); what "
+                "was trained on so far is the old one. Put it back, or start a new run on the new data"
             )
         with self._lock:
             self.fetched += end - begin
@@ -121,6 +124,15 @@ class Remote:
             read[0] += end - begin
             read[1] += time.perf_counter() - began
         return buffer
+
+    def _buffer(self, size: int) -> memoryview:
+        """Memory that is fresh costs a page fault for each 4 kB."""
+        if size > 4 * BLOCK_BYTES:
+            return memoryview(bytearray(size))
+        kept = getattr(self._buffers, "kept", None)
+        if kept is None or len(kept) < size:
+            kept = self._buffers.kept = memoryview(bytearray(max(size, BLOCK_BYTES + (BLOCK_BYTES >> 1))))
+        return kept[:size]
 
     def take_reads(self) -> Reads:
         """Bytes of each shard, and the seconds they took, since this was last asked."""
@@ -136,6 +148,7 @@ class Remote:
         self.stopped = True
         self.heads.close()
         self.crew.close()
+        self.store.close()
 
     def _whole(self, name: str) -> memoryview:
         info = self.store.info(name)
@@ -147,7 +160,7 @@ class Remote:
                     waiting.append(Wait())
                     end = min(begin + BLOCK_BYTES, info.size)
                     work = partial(self._part, file.fileno(), name, info.version, begin, end)
-                    self.crew.ask(partial(waiting[-1].do, work))
+                    self.crew.ask(waiting[-1], work)
                 for wait in waiting:
                     wait.result()
                 if not info.size:
@@ -180,16 +193,18 @@ class RemoteTar:
         blocks = (self._start + rows) // self._block - self._first
         wanted = [blocks] if isinstance(blocks, int) else np.unique(blocks).tolist()
         missing = [block for block in wanted if block not in self._here]
-        for wait in [self.ask(block, urgent=True) for block in missing]:
+        for wait in [self.ask(block) for block in missing]:
             wait.result(self.remote.is_stopped)
 
-    def ask(self, block: int, urgent: bool = False) -> Wait:
-        """Have a block (from 0, of those in this shard) fetched and mapped."""
+    def ask(self, block: int, turn: float = NOW) -> Wait:
+        """Have a block (from 0, of those in this shard) fetched and mapped, before what has a later turn."""
         with self._lock:
             wait = self._waits.get(block)
             if wait is None or wait.error is not None:
                 wait = self._waits[block] = Wait()
-                self.remote.crew.ask(partial(wait.do, partial(self._bring, block)), urgent)
+                self.remote.crew.ask(wait, partial(self._bring, block), turn)
+            elif turn < wait.turn and not wait.begun:
+                self.remote.crew.ask(wait, partial(self._bring, block), turn)
             return wait
 
     def again(self, row: int) -> None:

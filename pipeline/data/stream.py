@@ -17,13 +17,14 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data.cache import Place
+from pipeline.data.cache_policy import ahead_bytes, least_bytes
 from pipeline.data.decode import load_decoders
 from pipeline.data.fill import Fill, Substitutes
 from pipeline.data.loader import Loader
 from pipeline.data.mixture import Mixture, Source
 from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.skipped import Skipped
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 VERSION = 1  # of the state
 
@@ -146,9 +147,14 @@ class Stream:
         """The identity that the first `samples` samples of a source have by themselves."""
         return self.datasets[source].index.prefix_identity(samples)
 
-    def loader(self, task: Preparing, rank: int, world_size: int, first: int) -> Loader:
-        """A rank's micro batches from step `first` on; what it decides on bad samples it writes into `substitutes`."""
+    def loader(self, task: Preparing, rank: int, world_size: int, first: int, here: Sequence[int] = ()) -> Loader:
+        """A rank's micro batches from step `first` on; what it decides on bad samples it writes into `substitutes`.
+
+        here: the ranks on this node, which share its cache of what comes from URLs; by default `rank` alone. Raises
+        ConfigError when the cache cannot hold what they read from at a time.
+        """
         data, config = self.config.data, self.config
+        self._share_cache(world_size, len(here) or 1)
         blocks = [one.block for one in self.datasets]
         lanes = data.lanes or config.micro_batches
         fill = Fill(
@@ -172,7 +178,26 @@ class Stream:
             start_step=first,
             substitutes=self.substitutes,
             skipped=self.skipped,
+            here=here,
         )
+
+    def _share_cache(self, world_size: int, workers: int) -> None:
+        """Say how far ahead of need each URL is read, with `workers` of `world_size` on this node."""
+        remotes = [dataset for dataset in self.datasets if dataset.remote is not None]
+        segment, size = self.mixture.segments[-1], self.config.data.cache_bytes
+        blocks, least = -(-segment.lanes // world_size) * segment.window_blocks, 0
+        for dataset in remotes:
+            block, all_bytes = dataset.block_bytes, dataset.index.bytes
+            window = min(blocks * block, all_bytes)
+            least += min(workers * least_bytes(window, block), all_bytes)
+            dataset.remote.remote.ahead_bytes = ahead_bytes(window, block, size // (workers * len(remotes)))
+        if least > size:
+            raise ConfigError(
+                f"data.cache_bytes is {size / 1e6:,.1f} MB, and the {workers} workers of this node read from "
+                f"{least / 1e6:,.1f} MB at a time (their lanes' windows of {segment.window_blocks} blocks, and what is "
+                f"on its way): set data.cache_bytes to at least {least}, or lower data.shuffle_blocks or "
+                "data.block_bytes, which gives another order"
+            )
 
     def close(self) -> None:
         """Let go of all files."""
