@@ -271,9 +271,8 @@ def main() -> int:
     if plan.save:
         facts = [f"{plan.rounds} rounds; {PAUSE * 1000:g} ms before each answer; samples of {SAMPLE_BYTES:,} bytes"]
         facts += ["Server, client and all else share the cores"]
-        print(
-            f"saved in {report.save('remote', report.page('Shards at a URL', facts, chr(10) * 2 + (chr(10) * 2).join(parts), load))}"
-        )
+        path = report.save("remote", report.page("Shards at a URL", facts, "\n\n".join(parts), load))
+        print(f"saved in {path}")
     return 0
 
 

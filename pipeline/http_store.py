@@ -141,9 +141,12 @@ class HttpStore:
         connection = kind(host, timeout=CONNECT_SECONDS)
         connection.connect()
         connection.sock.settimeout(READ_SECONDS)
-        self._connections[scheme, host] = connection
         with self._lock:
+            if self._closed:
+                connection.close()
+                raise RuntimeError("the data set is closed")
             self._open.add(connection)
+        self._connections[scheme, host] = connection
         return connection
 
     @property

@@ -78,11 +78,12 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-def open_store(url: str, pauses: Sequence[float] = RETRY_SECONDS) -> Store:
-    """pauses: seconds before what failed is tried again, one for each time.
+def open_store(url: str, pauses: Sequence[float] | None = None) -> Store:
+    """pauses: seconds before what failed is tried again, one for each time; None: RETRY_SECONDS.
 
     Raises StoreError for a kind of store that nobody knows, or whose package is missing.
     """
+    pauses = RETRY_SECONDS if pauses is None else pauses
     if url.startswith(("http://", "https://")):
         from pipeline.http_store import HttpStore
 

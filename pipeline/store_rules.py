@@ -1,6 +1,6 @@
 """Rules on what a configuration has at a URL: a kind of store that is known, a data set that is there.
 
-What is asked of a store is asked once, without a second try: a person waits for the answer.
+What is asked of a store is tried twice at most: a person waits for the answer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from contextlib import closing
 from pipeline.errors import DataError
 from pipeline.object_store import Absent, open_store
 from pipeline.problems import Problem, nearest
+
+AGAIN = (0.3,)  # seconds before the second try
 
 
 def kind(place: str, url: str) -> list[Problem]:
@@ -38,7 +40,7 @@ def data_set(place: str, url: str) -> list[Problem]:
     if problems:
         return problems
     try:
-        with closing(open_store(url, pauses=())) as store:
+        with closing(open_store(url, pauses=AGAIN)) as store:
             store.info("shards.idx")
     except Absent:
         mend = f"send a data set there with `millstream data send FOLDER {url}`, or index tars that are there with "

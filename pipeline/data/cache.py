@@ -74,11 +74,17 @@ class Cache:
         self._told, self._again = False, 0.0
         self._lock = threading.Lock()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            base.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.mkdir(exist_ok=True)
             if place.folder is None and base.stat().st_uid != os.getuid():
                 raise DataError(f"{base} is another user's: set data.cache to a folder of your own")
         except OSError as error:
             self._tell(error)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether pieces are kept in memory only, for now."""
+        return time.monotonic() < self._again
 
     def take_trouble(self) -> str | None:
         """Why pieces are not kept, in words; once."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pipeline.data.cache_policy import Ahead
+from pipeline.data.cache_policy import BLOCK_BYTES, LEAST_AHEAD, Ahead
 
 if TYPE_CHECKING:
     from pipeline.data.fill import MicroBatch, Rows
@@ -117,6 +117,8 @@ class Foresight:
     def _may_look(self) -> bool:
         if self._closed or not self._known:
             return True
+        if any(each.remote.cache.is_off for each in self._remotes):  # what comes ahead stays in memory
+            self._ahead.most = min(self._ahead.most, LEAST_AHEAD * BLOCK_BYTES)
         return self._ahead.has_room and self._rows * (1 + len(self._known)) < MOST_ROWS
 
     def _put(self, plan: Plan | None, last: bool) -> None:

@@ -51,8 +51,9 @@ class Loader:
     """The micro batches of one rank, step by step, prepared ahead by threads or processes.
 
     Rank r of R has micro batches [r * M // R, (r + 1) * M // R) of each step. Steps are asked for in order, from
-    `start_step`, without those that are `skipped`: of them nothing is read. At least one whole step is prepared ahead,
-    more if `prefetch` (micro batches) is larger. Decisions on bad samples are read from `substitutes` and added to it.
+    `start_step` to before `end_step`, without those that are `skipped`: of them nothing is read. At least one whole
+    step is prepared ahead, more if `prefetch` (micro batches) is larger. Decisions on bad samples are read from
+    `substitutes` and added to it.
     here: the ranks that share this node's cache, itself among them.
     Close it, or use it with `with`. Raises ConfigError when the batch sizes do not divide, or ranks outnumber micro
     batches.
@@ -71,6 +72,7 @@ class Loader:
         processes: int = 0,
         prefetch: int = 4,
         start_step: int = 0,
+        end_step: int | None = None,
         substitutes: Substitutes | None = None,
         skipped: Skipped = NOTHING,
         here: Sequence[int] = (),
@@ -92,7 +94,8 @@ class Loader:
         self._speeds, self._read = SlowShards(), set[str]()  # of the shards; those of the last step
 
         planned = Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
-        steps = (step for step in count(start_step) if not skipped.window(step))
+        steps = count(start_step) if end_step is None else range(start_step, end_step)
+        steps = (step for step in steps if not skipped.window(step))
         plans = (partial(planned.rows, step, j) for step in steps for j in self._own)
         depth = max(prefetch, len(self._own))
         again = partial(

@@ -17,15 +17,15 @@ from pipeline.data import index, remote
 from pipeline.data.cache import Cache, Place
 from pipeline.data.damage import ShardReport, verify
 from pipeline.data.iterable import everything
-from pipeline.data.reader import Dataset, open_dataset
+from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.errors import DataError
 from pipeline.object_store import StoreError
 from tests.data import small_loader
-from tests.data.file_server import Answer, Asked, FileServer
-from tests.data.small_loader import SAMPLES, content, gathered, loader
+from tests.data.file_server import Answer, Asked, Fault, FileServer
+from tests.data.small_loader import SAMPLES, content, gathered, loader, npy
 from tests.small_tars import contents, samples, write_tar
 
-BLOCK_BYTES, STEPS = 2000, 30
+BLOCK_BYTES, STEPS = 8400, 30  # the samples of small_loader.BLOCK
 QUICK = (0.01, 0.02, 0.05)  # pauses between tries
 
 
@@ -94,36 +94,46 @@ def test_a_tar_whose_fields_lie_apart_is_fetched_whole(tmp_path: Path) -> None:
     assert read == contents(tmp_path / "shards") and len(ranges) == 1
 
 
+def square(sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    return {"x": sample["npy"]}
+
+
 FAULTS = {
-    "errors": lambda asked, count: Answer(500 if count % 2 else 503) if count % 3 else None,
-    "no answer": lambda asked, count: Answer(0) if count % 3 == 1 else None,
-    "cut bodies": lambda asked, count: Answer(cut=100) if asked.method == "GET" and count % 3 == 1 else None,
-    "slow bodies": lambda asked, count: Answer(rate=2e5) if asked.method == "GET" and count % 5 == 1 else None,
+    "errors": Answer(500),
+    "unavailable": Answer(503),
+    "no answer": Answer(0),
+    "cut bodies": Answer(cut=100),
+    "slow bodies": Answer(rate=2e5),
 }
 
 
+def at_first(answer: Answer) -> Fault:
+    """Every request is answered so the first time, and well the second."""
+    seen: set[Asked] = set()
+
+    def fault(asked: Asked, count: int) -> Answer | None:
+        first = asked not in seen and (answer.cut is None or asked.method == "GET")
+        seen.add(asked)
+        return answer if first else None
+
+    return fault
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_is_tried_again(folder: Path, server: FileServer, tmp_path: Path, fault: str, monkeypatch) -> None:
+def test_what_passes_is_tried_again(folder: Path, server: FileServer, tmp_path: Path, fault: str) -> None:
     with open_dataset(folder) as local:
         wanted = steps(local)
-    server.fault = FAULTS[fault]
+    server.fault = at_first(FAULTS[fault])
     with opened(server, tmp_path) as dataset:
         assert steps(dataset) == wanted
 
 
 def test_a_server_that_does_not_answer_in_time(folder: Path, server: FileServer, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pipeline.http_store.READ_SECONDS", 0.3)
-    hung: set[Asked] = set()
-
-    def fault(asked: Asked, count: int) -> Answer | None:
-        if count % 4 == 3 and asked not in hung:
-            hung.add(asked)
-            return Answer(pause=1.0)
-        return None
-
-    server.fault = fault
+    server.fault = at_first(Answer(pause=1.0))
     with open_dataset(folder) as local, opened(server, tmp_path) as dataset:
-        assert steps(dataset) == steps(local) and hung
+        assert steps(dataset) == steps(local)
+    assert len(server.asked) > len({*server.asked})
 
 
 def test_what_does_not_pass_is_named(folder: Path, server: FileServer, tmp_path: Path) -> None:
@@ -190,18 +200,28 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_refused(server: FileServer
         assert server.tar_bytes() > fetched
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
-def test_each_node_fetches_its_own_lanes(folder: Path, tmp_path: Path, nodes: int) -> None:
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
+def test_each_node_fetches_its_own_lanes(tmp_path: Path, nodes: int) -> None:
+    """Eight lanes of about three blocks each, of which the first and the last may be shared with another lane."""
+    folder, count, rows = tmp_path / "shards", 168, {"micro_batches": 8, "end_step": 7}
+    folder.mkdir()
+    for number in range(3):
+        write_tar(
+            folder / f"{number}.tar",
+            [(f"{i:03d}.npy", npy(np.array([i, i * i]))) for i in range(56 * number, 56 * number + 56)],
+        )
+    index.build(folder)
     with open_dataset(folder) as local:
-        wanted = steps(local, SAMPLES // 12)
-        total, once = local.index.bytes, {}
+        block = local.index.bytes // count * small_loader.BLOCK + 2 * remote.PAGE
+    read, fetched = [], []
     for node in range(nodes):
-        with FileServer(folder) as server, opened(server, tmp_path / f"{node}") as dataset:
-            once[node] = steps(dataset, SAMPLES // 12, rank=node, world_size=nodes)
-            once[node] = [micro for micro in once[node]], server.tar_bytes()
-    assert sorted(micro for found, _ in once.values() for micro in found) == sorted(wanted)
-    pages = 2 * remote.PAGE * 2 * (SAMPLES // small_loader.BLOCK + 1)
-    assert sum(fetched for _, fetched in once.values()) <= total + pages * nodes
+        place = Place(tmp_path / f"{node}", 1 << 30)
+        with FileServer(folder) as server, open_dataset(server.url, block_bytes=BLOCK_BYTES, cache=place) as dataset:
+            assert dataset.block == small_loader.BLOCK
+            read += steps(dataset, 7, rank=node, world_size=nodes, samples=count, prepare=square, **rows)
+            fetched.append(server.tar_bytes())
+    assert sorted(number for _, _, numbers, _ in read for number in numbers) == list(range(count))  # one epoch
+    assert max(fetched) <= (24 // nodes + 2 * 8 // nodes) * block
 
 
 def test_the_cache_stays_within_its_bytes(folder: Path, server: FileServer, tmp_path: Path) -> None:
@@ -261,11 +281,12 @@ def test_jobs_share_a_cache_and_one_is_killed(folder: Path, tmp_path: Path) -> N
         first.communicate()
         both = [other(server, folder, cache) for _ in range(2)]
         for process in both:
-            said, errors = process.communicate(timeout=60)
+            said, errors = process.communicate(timeout=240)
             assert process.returncode == 0 and said.endswith("the same\n"), errors
         pieces = [asked for asked in server.asked if asked.name.endswith(".tar") and asked.method == "GET"]
         assert len(pieces) <= 2 * len({*pieces})  # those of the killed one again, but not each by each
-    assert not list(cache.glob("v1/*/*.part"))
+    left = cache.glob("v1/*/*.part")  # of an index the killed one may leave some: they are evicted as pieces are
+    assert all(path.parent.name == "index" for path in left)
 
 
 def test_a_piece_that_somebody_does_not_finish_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
