@@ -81,7 +81,6 @@ class Cache:
         except OSError as error:
             self._tell(error)
 
-    @property
     def is_off(self) -> bool:
         """Whether pieces are kept in memory only, for now."""
         return time.monotonic() < self._again
@@ -130,10 +129,8 @@ class Cache:
 
     def small(self, name: str) -> memoryview | None:
         """A whole file that was kept by a name that follows from its content."""
-        try:
+        with suppress(OSError):
             return memoryview((self.folder / SMALL / name).read_bytes())
-        except OSError:
-            return None
 
     def keep_small(self, name: str, content: memoryview) -> None:
         """Keep a whole file, if there is room."""
@@ -198,9 +195,7 @@ class Cache:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.stat(path).st_ino == os.fstat(file).st_ino:
                 return file
-        except BlockingIOError:  # another is at it
-            pass
-        except FileNotFoundError:  # it has just put it in its place
+        except (BlockingIOError, FileNotFoundError):  # another is at it, or has just put it in its place
             pass
         except OSError:  # a file system without locks: whoever is first puts it in its place
             return file

@@ -117,7 +117,7 @@ class Foresight:
     def _may_look(self) -> bool:
         if self._closed or not self._known:
             return True
-        if any(each.remote.cache.is_off for each in self._remotes):  # what comes ahead stays in memory
+        if any(each.remote.cache.is_off() for each in self._remotes):  # what comes ahead stays in memory
             self._ahead.most = min(self._ahead.most, LEAST_AHEAD * BLOCK_BYTES)
         return self._ahead.has_room and self._rows * (1 + len(self._known)) < MOST_ROWS
 

@@ -176,7 +176,6 @@ class Stream:
             processes=data.processes,
             prefetch=data.prefetch,
             start_step=first,
-            end_step=max(first, config.steps),
             substitutes=self.substitutes,
             skipped=self.skipped,
             here=here,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.data import index, remote
-from pipeline.data.cache import Cache, Place
+from pipeline.data.cache import Place
 from pipeline.data.damage import ShardReport, verify
 from pipeline.data.iterable import everything
 from pipeline.data.reader import Dataset, Sample, open_dataset
@@ -224,13 +224,6 @@ def test_each_node_fetches_its_own_lanes(tmp_path: Path, nodes: int) -> None:
     assert max(fetched) <= (24 // nodes + 2 * 8 // nodes) * block
 
 
-def test_the_cache_stays_within_its_bytes(folder: Path, server: FileServer, tmp_path: Path) -> None:
-    size = 40_000
-    with open_dataset(folder) as local, opened(server, tmp_path, size) as dataset:
-        assert steps(dataset, 60) == steps(local, 60)
-    assert sum(path.stat().st_size for path in (tmp_path / "v1").rglob("*") if path.is_file()) <= size + 8
-
-
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -287,33 +280,6 @@ def test_jobs_share_a_cache_and_one_is_killed(folder: Path, tmp_path: Path) -> N
         assert len(pieces) <= 2 * len({*pieces})  # those of the killed one again, but not each by each
     left = cache.glob("v1/*/*.part")  # of an index the killed one may leave some: they are evicted as pieces are
     assert all(path.parent.name == "index" for path in left)
-
-
-def test_a_piece_that_somebody_does_not_finish_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.data.cache.WAIT_SECONDS", 0.1)
-    one, two = Cache(Place(tmp_path)), Cache(Place(tmp_path))
-
-    def stuck(begin: int, end: int) -> memoryview:
-        held = two.get("key", begin, end, lambda begin, end: memoryview(b"12345678"))
-        assert held.content == b"12345678" and held.file == -1
-        return memoryview(b"12345678")
-
-    held = one.get("key", 0, 8, stuck)
-    assert os.pread(held.file, 9, 0) == b"12345678"
-    os.close(held.file)
-    assert two.find("key", 0, 8) is not None and two.find("key", 0, 9) is None
-
-
-def test_what_is_needed_last_is_evicted_first(tmp_path: Path) -> None:
-    cache, now = Cache(Place(tmp_path, 1000)), time.time()
-    for number, after in enumerate((30, 500, 5, 10_000, 60)):
-        held = cache.get(
-            "key", 200 * number, 200 * number + 200, lambda begin, end: memoryview(bytes(200)), now + after
-        )
-        os.close(held.file)
-    os.close(cache.get("key", 1000, 1200, lambda begin, end: memoryview(bytes(200)), now + 1).file)
-    left = {int(path.name.partition("-")[0]) // 200 for path in (tmp_path / "v1/key").iterdir()}
-    assert left == {0, 2, 4, 5}
 
 
 def test_tools(folder: Path, server: FileServer, tmp_path: Path, monkeypatch) -> None:
