@@ -57,12 +57,15 @@ def train(config: Config, *, fresh: bool = False, address: str | None = None, ne
 
 
 def open_dataset(folder: str | os.PathLike[str], *, check_digests: bool = True) -> Dataset:
-    """Opens a folder of indexed tar shards: `len(dataset)`, `dataset.sample(number)`. Raises `DataError`."""
-    from pathlib import Path
+    """Opens a folder of indexed tar shards, or a URL of one: `len(dataset)`, `dataset.sample(number)`.
+
+    What comes from a URL is kept below the system's temporary folder. Raises `DataError`.
+    """
+    import os
 
     from pipeline.data import reader
 
-    return reader.open_dataset(Path(folder), check_digests)
+    return reader.open_dataset(os.fspath(folder), check_digests)
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:

@@ -19,6 +19,7 @@ import typer
 from pipeline import cli_pack
 
 if TYPE_CHECKING:
+    from pipeline.data.index import Index
     from pipeline.data.parallel import Mapping
 
 app = typer.Typer(no_args_is_help=True)
@@ -34,7 +35,7 @@ def data() -> None:
 @app.command(epilog="Example: millstream data index data/photos/train")
 def index(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder of tar shards, written by WebDataset or by tar.")
+        str, typer.Argument(metavar="FOLDER", help="Folder or URL of tar shards, written by WebDataset or by tar.")
     ],
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     address: Annotated[
@@ -47,7 +48,14 @@ def index(
     """
     from pipeline import terminal
     from pipeline.data import index as indexer
+    from pipeline.data.storage import is_url
 
+    if is_url(folder):
+        from pipeline.data.index_url import index_url
+
+        with terminal.progress() as progress:
+            told(index_url(folder, workers, progress), folder)
+        return
     shards, sizes = [], indexer.find_shards(folder)
     done, total, before = 0, sum(sizes.values()), indexer.unfinished(folder)
     if before:
@@ -63,25 +71,34 @@ def index(
         kept = f"{len(shards)} of {len(sizes)} shards are scanned, and the same command goes on from there"
         typer.echo(f"\n{kept}: millstream data index {shlex.quote(str(folder))}", err=True)
         raise
+    told(made, folder)
+
+
+def told(made: Index, place: str) -> None:
+    """Say what was indexed."""
+    from pipeline import terminal
+
     size = terminal.size(made.bytes)
     terminal.say(f"indexed {len(made.shards)} shards: {made.samples:,} samples, {size}, identity {made.identity[:12]}")
-    terminal.say(f"Look at it with `millstream data preview {folder}`, train on it with data.train={folder}")
+    terminal.say(f"Look at it with `millstream data preview {place}`, train on it with data.train={place}")
 
 
 @app.command(epilog="Example: millstream data verify data/photos/train")
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL of indexed tar shards.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Read every byte and compare it with the index. Exit code 1 when something is damaged."""
     from pipeline import terminal
     from pipeline.data import damage as checker
     from pipeline.data.index import read_root
-    from pipeline.data.parallel import processes
+    from pipeline.data.parallel import processes, threads
+    from pipeline.data.storage import is_url
 
     damages, done, whole = [], 0, read_root(folder)
+    over = threads(workers) if is_url(folder) else processes(workers)
     with terminal.progress() as progress:
-        for found in checker.verify(folder, processes(workers)):
+        for found in checker.verify(folder, over):
             if isinstance(found, checker.Damage):
                 damages.append(found)
             else:
@@ -99,7 +116,7 @@ def verify(
 
 @app.command(epilog="Example: millstream data stats data/photos/train")
 def stats(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL of indexed tar shards.")],
     looked: Annotated[
         int, typer.Option("--sample", min=1, help="Samples whose bytes are looked into: lengths, sizes of pictures.")
     ] = 2000,
@@ -127,7 +144,7 @@ def stats(
 
 @app.command(epilog="Example: millstream data preview data/photos/train --sheet photos.png")
 def preview(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL of indexed tar shards.")],
     count: Annotated[int | None, typer.Option(min=1, help="Samples to show; 4, or 64 on a sheet.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw them as a .html page, or pictures as a .png.")] = None,
 ) -> None:
@@ -216,7 +233,7 @@ def send(
 
 @app.command(epilog="Example: millstream data head data/photos/train fox/0007 --to looked-at")
 def head(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of indexed tar shards.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL of indexed tar shards.")],
     key: Annotated[str, typer.Argument(metavar="KEY", help="Of the sample, as `data preview` shows it.")],
     to: Annotated[Path | None, typer.Option(help="Folder that gets its members as files.")] = None,
 ) -> None:
@@ -230,7 +247,7 @@ def head(
         sample = finder.find(dataset, key)
         shard = dataset.index.shards.name(dataset.index.locate(sample.number)[0])
         terminal.say(f"sample {sample.number} of {len(dataset):,}, in {shard}")
-        for line in describe(folder, sample):
+        for line in describe(dataset.index.storage, sample):
             terminal.say(line)
         for path in finder.write(sample, to) if to else ():
             terminal.say(f"wrote {path}")

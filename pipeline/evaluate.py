@@ -16,10 +16,9 @@ import torch
 
 from pipeline import ema
 from pipeline.config import Config
-from pipeline.data.decode import load_decoders
 from pipeline.data.fill import Fill
 from pipeline.data.loader import evaluation_batches
-from pipeline.data.reader import open_dataset
+from pipeline.data.stream import open_set
 from pipeline.engine import Engine
 from pipeline.errors import DataError
 from pipeline.session import World
@@ -41,19 +40,19 @@ def evaluate(config: Config, task: Task, engine: Engine, world: World) -> dict[s
 def _score_sets(which: str, config: Config, task: Any, engine: Engine, world: World) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, folder in config.data.evaluate.items():
-        sums = _score(Path(folder), config, task, engine, world)
+        sums = _score(folder, config, task, engine, world)
         found = means(sums, world.gather(flat(sums)))
         found |= task.derive(found) if hasattr(task, "derive") else {}
         metrics |= {f"eval/{name}/{which}{metric}": value for metric, value in found.items()}
     return metrics
 
 
-def _score(folder: Path, config: Config, task: Task, engine: Engine, world: World) -> Sums:
+def _score(folder: Path | str, config: Config, task: Task, engine: Engine, world: World) -> Sums:
     """This rank's share of one set, as sums over its samples."""
     engine.model.eval()
     total: Sums = {}
     data = config.data
-    dataset = open_dataset(folder, data.check_digests, load_decoders(data.decoders))
+    dataset = open_set(config, folder)
     try:
         fill = Fill([dataset], task.prepare, getattr(task, "gather", None))
         size = config.micro_batch_size

@@ -62,6 +62,10 @@ class Pace:
         """A step of `seconds`, and the ranks' figures of it. A rank's own slow shards are recorded by itself."""
         for slow in loader.slow_shards():
             self._session.record("slow", what="shard", rank=self._session.world.rank, step=step, **slow._asdict())
+        for said in loader.slow_links():
+            self._session.record("slow", what="link", rank=self._session.world.rank, step=step, message=said)
+        for said in loader.cache_troubles():
+            self._session.record("warning", step=step, message=f"rank {self._session.world.rank}: {said}")
         if self._session.world.rank or not ranks.computed.any():
             return
         self._memory = ranks.host_bytes + ranks.gpu_bytes

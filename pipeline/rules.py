@@ -6,13 +6,13 @@ or wrong says nothing: that value has a problem of its own already.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline import store_rules
 from pipeline.problems import Problem, nearest
 
 
@@ -40,7 +40,7 @@ Rule = Callable[[Known], list[Problem]]
 
 def numbers(known: Known) -> list[Problem]:
     """Problems of values against each other; looks at nothing outside the configuration."""
-    rules = [_batch_split, _workers, _fewest_workers, _lanes, _schedule, _optimizer, _precision, _offload]
+    rules = [_batch_split, _workers, _fewest_workers, _lanes, _cache, _schedule, _optimizer, _precision, _offload]
     return _apply([*rules, _retention, _best, _evaluation], known)
 
 
@@ -100,6 +100,21 @@ def _lanes(known: Known) -> list[Problem]:
     message = f"{lanes} lanes do not divide global_batch_size {batch} evenly"
     mend = f"set it to {_either(_around(lanes, _divisors(batch)))}, or leave it out (one lane per micro batch)"
     return [Problem("data.lanes", message, suggestion=mend)]
+
+
+def _cache(known: Known) -> list[Problem]:
+    """What one worker reads from at a time must fit; what all of a node do is seen when they have begun."""
+    sources = known["data.train"].values()  # as sections, or as plain values
+    places = [source["folder"] if isinstance(source, dict) else source.folder for source in sources]
+    if not any("://" in str(place) for place in places):
+        return []
+    size, blocks, block = known["data.cache_bytes"], known["data.shuffle_blocks"], known["data.block_bytes"] or 4 << 20
+    lanes = known["data.lanes"] or max(1, known["global_batch_size"] // known["micro_batch_size"])
+    window = -(-lanes // _workers_or_one(known)) * max(2, -(-blocks // lanes)) * block
+    if size >= window:
+        return []
+    message = f"{size / 1e6:,.1f} MB, and one worker's windows over the shards are {window / 1e6:,.1f} MB"
+    return [Problem("data.cache_bytes", message, suggestion=f"set it to {2 * window} or more")]
 
 
 def _schedule(known: Known) -> list[Problem]:
@@ -232,23 +247,8 @@ def _task_paths(known: Known) -> list[Problem]:
 
 def _second_home(known: Known) -> list[Problem]:
     """The store must be of a kind that fsspec knows, and its package installed; whether it answers is seen later."""
-    place, url = "checkpoint.url", known["checkpoint.url"]
-    if url is None:
-        return []
-    from fsspec.registry import known_implementations
-
-    protocol, colon, _ = url.partition("://")
-    if not colon:
-        mend = f"such as s3://bucket/folder, or file://{os.path.abspath(url)} for another disk"
-        return [Problem(place, f"{url!r} is not a URL", suggestion=mend)]
-    if protocol not in known_implementations:
-        mend = nearest(protocol, known_implementations) or "s3, gs, az and file are the usual ones"
-        return [Problem(place, f"{protocol}:// is no kind of store that fsspec knows", suggestion=mend)]
-    package = known_implementations[protocol]["class"].partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        extra = "'millstream[s3]'" if package == "s3fs" else package
-        return [Problem(place, f"{protocol}:// needs {package}", suggestion=f"pip install {extra}")]
-    return []
+    url = known["checkpoint.url"]
+    return [] if url is None else store_rules.kind("checkpoint.url", url)
 
 
 def _missing(place: str, path: Path, mend: str) -> Problem:
@@ -257,7 +257,10 @@ def _missing(place: str, path: Path, mend: str) -> Problem:
     return Problem(place, message, suggestion=nearest(str(path), siblings) or mend)
 
 
-def _folder(place: str, folder: Path) -> list[Problem]:
+def _folder(place: str, folder: Path | str) -> list[Problem]:
+    if isinstance(folder, str) and not folder.startswith("file://"):
+        return store_rules.data_set(place, folder)
+    folder = Path(str(folder).removeprefix("file://"))
     if not folder.is_dir():
         return [_missing(place, folder, f"make it with {_pack(folder)}")]
     if (folder / "shards.idx").is_file():

@@ -20,6 +20,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
+def _place(value: object) -> object:
+    """A URL stays as it is; all else is a path."""
+    if not isinstance(value, str | Path):
+        return value
+    return str(value) if "://" in str(value) else Path(value).expanduser()
+
+
+Shards = Annotated[Path | str, BeforeValidator(_place)]
+
+
 class Strict(BaseModel):
     """A frozen section that refuses keys it does not know. Base of every section, also of each task's `Config`."""
 
@@ -36,7 +46,7 @@ class Strict(BaseModel):
 class Source(Strict):
     """One of the data sets that are trained on together."""
 
-    folder: Folder = Field(description="folder of indexed tar shards")
+    folder: Shards = Field(description="folder of indexed tar shards, or a URL of one")
     weight: float = Field(default=1.0, gt=0, description="its part of the samples, relative to the other weights")
 
 
@@ -61,11 +71,17 @@ Window = Annotated[tuple[int, int], AfterValidator(_window)]
 class Data(Strict):
     """Where samples come from, how they are mixed, and how far ahead they are read."""
 
-    train: Sources = Field(description="folder of indexed tar shards to train on; or several by name, to be mixed")
-    evaluate: dict[Name, Folder] = Field(default={}, description="name -> folder of indexed tar shards to evaluate on")
+    train: Sources = Field(description="folder or URL of indexed tar shards to train on; or several by name, mixed")
+    evaluate: dict[Name, Shards] = Field(default={}, description="name -> folder or URL of shards to evaluate on")
     lanes: Count | None = Field(default=None, description="reading positions; null: one per micro batch of a step")
     shuffle_blocks: Count = Field(default=96, description="blocks that are shuffled together, over all lanes")
-    block_bytes: Count = Field(default=1 << 20, description="bytes that are read in one piece, on average")
+    block_bytes: Count | None = Field(
+        default=None, description="bytes that are read in one piece, on average; null: 1 MiB, of a URL 4 MiB"
+    )
+    cache: Folder | None = Field(
+        default=None, description="where each node keeps what it reads of URLs; null: millstream-cache-UID in TMPDIR"
+    )
+    cache_bytes: Count = Field(default=32 << 30, description="that it keeps there at most, for all its workers")
     threads: int = Field(default=1, ge=0, description="decoder threads per worker; 0: in the loop itself, when needed")
     processes: int = Field(default=0, ge=0, description="decoder processes per worker, instead of threads; 0: threads")
     prefetch: Count = Field(default=4, description="micro batches decoded ahead of need, per worker")

@@ -90,6 +90,11 @@ class World:
         dist.all_gather_object(everyone, value, group=self.host)
         return everyone
 
+    def ranks_here(self) -> list[int]:
+        """The ranks on this host, itself among them. All ranks call it together."""
+        hosts = self.gather_objects(socket.gethostname())
+        return [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a device tensor over the ranks, in place."""
         if self.world_size > 1:

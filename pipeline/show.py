@@ -22,10 +22,9 @@ import torch
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.data.decode import load_decoders
 from pipeline.data.fill import Fill
 from pipeline.data.loader import evaluation_batches
-from pipeline.data.reader import open_dataset
+from pipeline.data.stream import open_set
 from pipeline.engine import Engine
 from pipeline.evaluate import on_device
 from pipeline.session import Session
@@ -42,7 +41,7 @@ def show(config: Config, task: Task, engine: Engine) -> dict[str, list[Row]]:
     """
     if not config.track.samples or not hasattr(task, "show"):
         return {}
-    return {name: _rows(Path(folder), config, task, engine) for name, folder in config.data.evaluate.items()}
+    return {name: _rows(folder, config, task, engine) for name, folder in config.data.evaluate.items()}
 
 
 def keep(session: Session, step: int, shown: dict[str, list[Row]]) -> None:
@@ -66,12 +65,12 @@ def keep(session: Session, step: int, shown: dict[str, list[Row]]) -> None:
     session.record("samples", step=step, sets=sets)
 
 
-def _rows(folder: Path, config: Config, task: Any, engine: Engine) -> list[Row]:
+def _rows(folder: Path | str, config: Config, task: Any, engine: Engine) -> list[Row]:
     """What the task shows of one set. Micro batches are no larger than those of training, so they fit where it fits."""
-    data, count = config.data, config.track.samples
+    count = config.track.samples
     size = min(config.micro_batch_size, count)
     rows: list[Row] = []
-    dataset = open_dataset(folder, data.check_digests, load_decoders(data.decoders))
+    dataset = open_set(config, folder)
     engine.model.eval()
     try:
         batches = evaluation_batches(Fill([dataset], task.prepare, getattr(task, "gather", None)), size)

@@ -60,7 +60,8 @@ def train(config: Config, session: Session) -> str:
         judge.resume(restored.manifest.guard)
     saving = Saving(config, session, learner, data, judge, restored.step if restored else None)
     health, pace = Health(session, learner, config.track.health_every), Pace(session)
-    loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first))
+    here = world.ranks_here()
+    loader = session.owned.enter_context(data.loader(task, world.rank, world.world_size, first, here))
 
     # ------------------------------------------------------------ loop
     step, outcome, trouble = first, "done", None

@@ -20,7 +20,10 @@ PACKAGE = ROOT / "pipeline"
 
 # From the bottom up. A module imports from its own layer and from those before it. The longest name that fits counts.
 LAYERS = [
-    ["errors", "look", "problems", "yaml_file", "rules", "task_file", "sections", "config"],
+    [
+        *("errors", "object_store", "http_store", "look", "problems", "yaml_file"),
+        *("rules", "store_rules", "task_file", "sections", "config"),
+    ],
     ["models", "data"],
     ["tasks"],
     [
@@ -80,6 +83,7 @@ FENCES = {
     "webdataset": ["data"],
 }
 WITHOUT_TORCH = ["config", "sections", "problems", "yaml_file", "rules", "task_file", "run", "data.index", "track"]
+WITHOUT_TORCH += ["object_store", "http_store", "store_rules", "data.remote", "data.cache", "data.cache_policy"]
 WITHOUT_TORCH += ["data.order", "data.draws", "data.chains", "data.mixture", "data.reader", "data.samples"]
 WITHOUT_TORCH += [
     f"checkpoint.{name}" for name in ("format", "manifest", "disk", "rollbacks", "retention", "remote", "uploads")

@@ -24,6 +24,7 @@ from typing import Any
 from pipeline.checkpoint import disk, format
 from pipeline.checkpoint.format import MANIFEST, Damage, FileDigest, Manifest, checkpoint_name
 from pipeline.errors import CheckpointError
+from pipeline.object_store import file_system, said
 
 CHUNK_BYTES = 16 << 20
 _LOCAL = {"file", "local", "memory"}  # what makes folders and knows no buckets
@@ -187,10 +188,7 @@ class Remote:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs
-
-        local = {"auto_mkdir": True} if self.url.startswith(("file:", "/")) else {}
-        return url_to_fs(self.url, **local)
+        return file_system(self.url)
 
     @property
     def _store(self) -> Any:
@@ -198,7 +196,7 @@ class Remote:
 
     @property
     def _root(self) -> str:
-        return self._opened[1].rstrip("/")
+        return self._opened[1]
 
     @property
     def _is_local(self) -> bool:
@@ -215,12 +213,7 @@ class Remote:
         except FileNotFoundError as error:
             raise Absent(f"{self.url}: not there: {error}") from error
         except Exception as error:  # each store has errors of its own, many of them no OSError
-            said = str(error) or type(error).__name__
-            if isinstance(error, PermissionError) or "redential" in type(error).__name__ + said:
-                said = f"access refused ({said}): check this store's credentials in the environment, and its rights"
-            elif isinstance(error, ConnectionError | TimeoutError) or "onnect" in type(error).__name__ + said:
-                said = f"cannot be reached ({said}): check the network and this store's endpoint"
-            raise CheckpointError(f"{self.url}: {said}") from error
+            raise CheckpointError(f"{self.url}: {said(error)}") from error
 
     # --- every change in the store is one of these ---
 

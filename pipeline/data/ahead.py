@@ -30,6 +30,7 @@ import torch
 import torch.multiprocessing  # teaches multiprocessing to pass tensors in shared memory
 
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes, tensor_type
+from pipeline.data.foresight import Again, Foreseen, Foresight, Prepared
 
 START_BYTES = 16  # from torch's 64-byte edges: libjpeg-turbo takes 7 % longer into rows that begin at 32-byte edges
 TOGETHER_SECONDS = 0.001  # for which the taker waits for more than one micro batch, when none is there
@@ -251,15 +252,20 @@ def start(
     processes: int,
     depth: int,
     substitutes: Substitutes | None = None,
-) -> Threads | Processes | Here:
+    again: Again | None = None,
+) -> Prepared:
     """Prepare what the plans say, in processes if there shall be some, else in threads, with neither when asked."""
-    known: Substitutes = {} if substitutes is None else substitutes
-    depth = max(depth, 1)
+    known, depth = {} if substitutes is None else substitutes, max(depth, 1)
+    foresight = None
+    if any(dataset.remote for dataset in fill.datasets):
+        plans = foresight = Foresight(fill.datasets, plans, again, maps=not processes)
     if processes:
-        return Processes(fill, plans, known, processes=processes, depth=depth)
-    if threads:
-        return Threads(fill, plans, known, threads=threads, depth=depth)
-    return Here(fill, plans, known)
+        prepared = Processes(fill, plans, known, processes=processes, depth=depth)
+    elif threads:
+        prepared = Threads(fill, plans, known, threads=threads, depth=depth)
+    else:
+        prepared = Here(fill, plans, known)
+    return Foreseen(prepared, foresight) if foresight else prepared
 
 
 def _decide(substitutes: Substitutes, micro: MicroBatch) -> None:
@@ -287,4 +293,6 @@ def _begin(fill: Fill, parent: int) -> None:
 
 def _filled(rows: Rows, substitutes: Substitutes) -> MicroBatch:
     assert _fill is not None
-    return _fill(rows, substitutes)
+    micro = _fill(rows, substitutes)
+    _fill.settle()
+    return micro

@@ -90,6 +90,16 @@ class Segment:
         _, samples, block = self._parts[:, part if (part != part[0]).any() else part[:1]]
         return source, *places(samples, block, self.lanes, self.window_blocks, self.seed, lane, position)
 
+    def about(self, source: int, epoch: int, number: int) -> tuple[int, float] | None:
+        """The lane that has a sample of a source in an epoch, and about the step; None: another part of the chain."""
+        chain, draws = self.chains[source], self.draws[source]
+        if len(chain.parts) > 1 or epoch < chain.parts[0].epoch or not draws:
+            return None
+        lane, position = self.order(chain.parts[0]).about(epoch, number)
+        rows = self.depth * draws / sum(self.draws)  # that the lane takes of this source in a step
+        first = (chain.parts[0].epoch * chain.parts[0].samples + self.lanes - 1 - lane) // self.lanes
+        return lane, self.step + (position - first - chain.bases[lane]) / rows
+
     def consumed(self, step: int) -> np.ndarray:
         """int64[S, L]: lane positions of each source and lane that lie before a step."""
         draws = (step - self.step) * self.depth

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from pipeline.data.index import read_root, read_segment
+from pipeline.data.index import Index, read_root, read_segment
 from pipeline.data.parallel import Mapping
 from pipeline.data.root import Shard
 from pipeline.data.segment import Segment, split_name
@@ -54,6 +54,13 @@ def verify(place: Path | str | Storage, mapping: Mapping = map) -> Iterator[Dama
     mapping: who does it, see parallel.py. Raises DataError only when there is no good root to compare with.
     """
     index = read_root(place)
+    try:
+        yield from _verify(index, mapping)
+    finally:
+        index.storage.close()
+
+
+def _verify(index: Index, mapping: Mapping) -> Iterator[Damage | ShardReport]:
     for found, report in mapping(partial(check, index.storage), index.shards):
         yield from found
         yield report

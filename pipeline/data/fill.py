@@ -25,6 +25,8 @@ from pipeline.data.samples import Empty, Lookup, Samples
 from pipeline.data.slow import Reads
 from pipeline.errors import DataError, MillstreamError
 
+MAPPED_PIECES = 256  # of data sets at a URL, that stay mapped in a decoder process
+
 Prepare = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]]
 Gather = Callable[[Samples], dict[str, np.ndarray] | None]
 Substitutes: TypeAlias = "dict[tuple[int, int], int]"
@@ -39,7 +41,7 @@ class Rows(NamedTuple):
     epochs: np.ndarray  # int64[m], of that data set
     numbers: np.ndarray  # int64[m], in that data set
     where: str  # for messages
-    lookup: Lookup | None = None  # where they lie, among others,
+    lookup: Callable[[], Lookup | None] | None = None  # where they lie, among others,
     low: int = 0  # from this place on
 
 
@@ -95,9 +97,15 @@ class Fill:
             if (numbers != rows.numbers).any():
                 rows = rows._replace(numbers=numbers, lookup=None, low=0)
         empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
+        for source, dataset in enumerate(self.datasets):
+            if dataset.remote is not None:
+                dataset.remote.ask_all(rows.numbers[rows.sources == source])
         if self.gather is not None and self.seed is None:
             try:
-                lookup = rows.lookup or Lookup(self.datasets, rows.sources, rows.numbers)
+                lookup = rows.lookup() if rows.lookup else None
+                if lookup is None:
+                    rows = rows._replace(low=0)
+                    lookup = Lookup(self.datasets, rows.sources, rows.numbers)
                 samples = Samples(lookup, rows.low, rows.low + len(rows.numbers), empty)
                 arrays = self.gather(samples)
             except DataError:
@@ -107,6 +115,12 @@ class Fill:
                 reads = samples.reads or self._reads()
                 return MicroBatch(rows.index, rows.sources, rows.epochs, rows.numbers, batch, reads=reads)
         return self._one_by_one(rows, substitutes, empty, stopped)
+
+    def settle(self) -> None:
+        """Let go of most of what was fetched; nobody may be reading."""
+        for dataset in self.datasets:
+            if dataset.remote is not None:
+                dataset.remote.settle(MAPPED_PIECES)
 
     def lookup(self, sources: np.ndarray, numbers: np.ndarray) -> Lookup | None:
         """Where the samples of several micro batches to come lie; None when that is not needed, or wants a closer look.
@@ -154,8 +168,8 @@ class Fill:
     def _name(self, source: int, number: int) -> str:
         dataset = self.datasets[source]
         with suppress(DataError):  # of the shard itself
-            return f"sample {number} ({dataset.sample(number).key}) of {dataset.index.folder}"
-        return f"sample {number} of {dataset.index.folder}"
+            return f"sample {number} ({dataset.sample(number).key}) of {dataset.index.place}"
+        return f"sample {number} of {dataset.index.place}"
 
     def _prepared(self, source: int, epoch: int, number: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if rng is not None:

@@ -25,7 +25,7 @@ def find(dataset: Dataset, key: str) -> Sample:
                 return dataset.sample(int(dataset.index.starts[shard]) + row)
     some = [dataset.sample(number).key for number in islice(range(len(dataset)), LOOKED)]
     near = difflib.get_close_matches(key, some, 1) or some[:1]
-    raise DataError(f"{dataset.index.folder}: no sample has the key {key}; there is {near[0]}")
+    raise DataError(f"{dataset.index.place}: no sample has the key {key}; there is {near[0]}")
 
 
 def write(sample: Sample, folder: Path) -> list[Path]:

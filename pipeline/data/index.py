@@ -18,6 +18,7 @@ import os
 from collections.abc import Generator, Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,8 +27,11 @@ from pipeline.data.notes import Note
 from pipeline.data.parallel import Mapping, processes
 from pipeline.data.root import ROOT, Shard, Shards
 from pipeline.data.segment import Segment, open_segment, scan_tar
-from pipeline.data.storage import Folder, Storage, find_shards, map_file
+from pipeline.data.storage import Folder, Storage, find_shards, map_file, open_storage
 from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from pipeline.data.cache import Place
 
 OLD_ROOT = "index.json"  # of format 1
 
@@ -51,9 +55,9 @@ class Index:
         return starts
 
     @property
-    def folder(self) -> Path:
-        """Where the data set lies, for messages and for the files beside the shards."""
-        return Path(self.storage.place)
+    def place(self) -> str:
+        """Where the data set lies: a folder, or a URL."""
+        return self.storage.place
 
     def locate(self, number: int) -> tuple[int, int]:
         """Shard number and row in that shard of a sample; IndexError when there is no such sample."""
@@ -79,9 +83,9 @@ class Index:
         shards = int(self.starts.searchsorted(samples, "right")) - 1
         return self.shards.identity(shards) if samples > 0 and self.starts[shards] == samples else None
 
-    def tar_path(self, shard: int) -> Path:
+    def tar_path(self, shard: int) -> str:
         """Where the tar of a shard lies, for messages."""
-        return self.folder / self.shards.name(shard)
+        return f"{self.place}/{self.shards.name(shard)}"
 
     def segment(self, shard: int) -> Segment:
         """Map the segment of a shard; DataError when it is missing, damaged or not of this root."""
@@ -93,7 +97,7 @@ def read_segment(storage: Storage, shard: Shard) -> Segment:
     name, mend = f"{shard.name}.idx", _mend(storage)
     place = f"{storage.place}/{name}"
     try:
-        view = storage.map(name)
+        view = storage.segment(shard.name, shard.digest)
     except FileNotFoundError:
         raise DataError(f"{place}: this part of the index is missing; {mend}") from None
     except OSError as error:
@@ -101,18 +105,27 @@ def read_segment(storage: Storage, shard: Shard) -> Segment:
     return open_segment(view, shard.digest, place, mend)
 
 
-def open_index(place: Path | str | Storage) -> Index:
+def open_index(place: Path | str | Storage, cache: Place | None = None) -> Index:
     """Read the root and compare it with the tars that are there (names and sizes, nothing else is read).
 
     Raises DataError when there is none, when it is damaged, or when tars were added, removed or changed since.
     """
-    index = read_root(place)
-    there = index.storage.sizes()
+    index = read_root(place, cache)
+    try:
+        _compare(index)
+    except DataError:
+        index.storage.close()
+        raise
+    return index
+
+
+def _compare(index: Index) -> None:
+    there = index.storage.sizes(len(index.shards))
     if there is None:
-        return index
+        return
     noted = dict(zip(index.shards.all_names(), index.shards.records["bytes"].tolist()))
     if there == noted:
-        return index
+        return
     changes = [f"{name} is gone" for name in noted if name not in there]
     changes += [f"{name} is new" for name in there if name not in noted]
     changes += [
@@ -127,9 +140,21 @@ def open_index(place: Path | str | Storage) -> Index:
     )
 
 
-def read_root(place: Path | str | Storage) -> Index:
-    """The index as it was written, not compared with the tars; DataError when there is none or it is damaged."""
-    storage = Folder(place) if isinstance(place, str | Path) else place
+def read_root(place: Path | str | Storage, cache: Place | None = None) -> Index:
+    """The index as it was written, not compared with the tars; DataError when there is none or it is damaged.
+
+    cache: of a URL's pieces on this node.
+    """
+    storage = open_storage(place, cache)
+    try:
+        return _read_root(storage)
+    except DataError:
+        if storage is not place:
+            storage.close()
+        raise
+
+
+def _read_root(storage: Storage) -> Index:
     mend = _mend(storage)
     try:
         view = storage.map(ROOT)

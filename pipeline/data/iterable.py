@@ -17,6 +17,7 @@ iteration; mixtures are for runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -29,14 +30,13 @@ from pipeline.data import ahead
 from pipeline.data.fill import Fill, Gather, Prepare
 from pipeline.data.loader import Planned
 from pipeline.data.mixture import Mixture, Source
-from pipeline.data.order import block_samples
 from pipeline.data.reader import Dataset, Sample
 from pipeline.data.sound import Audio
 from pipeline.errors import ConfigError, DataError
 from pipeline.sections import Data
 
 VERSION = 1  # of the state
-BLOCK_BYTES, SHUFFLE_BLOCKS = (Data.model_fields[name].default for name in ("block_bytes", "shuffle_blocks"))  # a run's
+SHUFFLE_BLOCKS = Data.model_fields["shuffle_blocks"].default  # a run's
 
 
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
@@ -66,8 +66,7 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
             raise ConfigError(f"{world_size} ranks cannot share a batch of {batch_size} samples: it must be a multiple")
         if not 0 <= rank < world_size:
             raise ConfigError(f"there is no rank {rank} among {world_size}: ranks are 0 to {world_size - 1}")
-        block = block_samples(len(dataset), dataset.index.bytes, BLOCK_BYTES)
-        source = Source("train", dataset.identity, len(dataset), block)
+        source = Source("train", dataset.identity, len(dataset), dataset.block)
         self.mixture = Mixture.start(
             [source], lanes=lanes, shuffle_blocks=shuffle_blocks, seed=seed, global_batch=batch_size
         )
@@ -80,6 +79,9 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
         """Raises DataError naming the sample that is bad."""
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        if worker is not None and any(dataset.remote for dataset in self.fill.datasets):
+            # A process that was forked has none of the threads that fetch.
+            self.fill = replace(self.fill, datasets=[dataset.reopen() for dataset in self.fill.datasets])
         first = self.step
         planned = Planned(
             self.mixture, self.fill, range(self.rank, self.rank + 1), self.rows, first, looks_up=parts == 1

@@ -8,7 +8,7 @@ threads and `prefetch` leave every row as it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -19,10 +19,11 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.data import ahead
+from pipeline.data.cache_policy import NEVER
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes
 from pipeline.data.samples import Lookup
 from pipeline.data.skipped import Skipped
-from pipeline.data.slow import SlowShard, SlowShards
+from pipeline.data.slow import SlowLink, SlowShard, SlowShards
 from pipeline.errors import ConfigError, DataError
 
 NOTHING = Skipped()
@@ -32,8 +33,17 @@ PLANNED_ROWS = 4096  # places in the order that are computed together: one by on
 class Order(Protocol):
     """Which sample stands where; mixture.Mixture is one."""
 
+    @property
+    def depth(self) -> int:
+        """Rows that a lane gives to each step."""
+        ...
+
     def plan(self, steps: range, own: range, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sources, epochs and numbers, int64[steps, own, micro_batch] each, of micro batches `own` of all `steps`."""
+        ...
+
+    def about(self, source: int, epoch: int, number: int) -> tuple[int, float] | None:
+        """The lane that will have a sample in an epoch, and about the step; None when it is not known."""
         ...
 
 
@@ -41,8 +51,10 @@ class Loader:
     """The micro batches of one rank, step by step, prepared ahead by threads or processes.
 
     Rank r of R has micro batches [r * M // R, (r + 1) * M // R) of each step. Steps are asked for in order, from
-    `start_step`, without those that are `skipped`: of them nothing is read. At least one whole step is prepared ahead,
-    more if `prefetch` (micro batches) is larger. Decisions on bad samples are read from `substitutes` and added to it.
+    `start_step` to before `end_step`, without those that are `skipped`: of them nothing is read. At least one whole
+    step is prepared ahead, more if `prefetch` (micro batches) is larger. Decisions on bad samples are read from
+    `substitutes` and added to it.
+    here: the ranks that share this node's cache, itself among them.
     Close it, or use it with `with`. Raises ConfigError when the batch sizes do not divide, or ranks outnumber micro
     batches.
     """
@@ -60,8 +72,10 @@ class Loader:
         processes: int = 0,
         prefetch: int = 4,
         start_step: int = 0,
+        end_step: int | None = None,
         substitutes: Substitutes | None = None,
         skipped: Skipped = NOTHING,
+        here: Sequence[int] = (),
     ) -> None:
         if global_batch_size % micro_batch_size:
             raise ConfigError(
@@ -74,18 +88,27 @@ class Loader:
                 f"micro batches of {micro_batch_size}): use fewer workers, or a smaller micro_batch_size"
             )
         self.wait_seconds = 0.0  # that the caller waited in the last step()
-        self._own = range(rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size)
+        self._own = _own(rank, world_size, micro_batches)
         self._micro_steps = -(-micro_batches // world_size)
         self._skipped, self._next_step = skipped, skipped.next(start_step)
         self._speeds, self._read = SlowShards(), set[str]()  # of the shards; those of the last step
 
         planned = Planned(order, fill, self._own, micro_batch_size, start_step, looks_up=not processes)
-        steps = (step for step in count(start_step) if not skipped.window(step))
+        steps = count(start_step) if end_step is None else range(start_step, end_step)
+        steps = (step for step in steps if not skipped.window(step))
         plans = (partial(planned.rows, step, j) for step in steps for j in self._own)
         depth = max(prefetch, len(self._own))
-        self._ahead = ahead.start(
-            fill, plans, threads=threads, processes=processes, depth=depth, substitutes=substitutes
+        again = partial(
+            _again,
+            order,
+            start_step,
+            len(self._own),
+            _lanes(order, micro_batch_size, here or [rank], micro_batches, world_size),
         )
+        self._ahead = ahead.start(
+            fill, plans, threads=threads, processes=processes, depth=depth, substitutes=substitutes, again=again
+        )
+        self._links = [SlowLink(dataset.remote.remote) for dataset in fill.datasets if dataset.remote is not None]
 
     def step(self, k: int) -> list[MicroBatch]:
         """The ceil(M / R) micro batches of step k; a rank that has one less repeats its last with `filler` set.
@@ -99,6 +122,8 @@ class Loader:
         began = time.perf_counter()
         batches = [self._ahead.take() for _ in self._own]
         self.wait_seconds = time.perf_counter() - began
+        for link in self._links:
+            link.note(self.wait_seconds)
         self._next_step = self._skipped.next(k + 1)
         self._read = {shard for micro in batches for shard in micro.reads}
         for micro in batches:
@@ -110,6 +135,14 @@ class Loader:
     def slow_shards(self) -> list[SlowShard]:
         """Shards of the last step that training waits for, read far more slowly than others; each is told once."""
         return self._speeds.found(self._read)
+
+    def slow_links(self) -> list[str]:
+        """URLs that training waits for, in words; each is told once."""
+        return [said for link in self._links if (said := link.found())]
+
+    def cache_troubles(self) -> list[str]:
+        """Why pieces of URLs are not kept on this node, in words; each is told once."""
+        return [said for link in self._links if (said := link.remote.cache.take_trouble())]
 
     def close(self) -> None:
         """Stop the threads and wait until they have ended; may be called twice."""
@@ -132,7 +165,7 @@ class Planned:
         self._start, self._looks_up = start_step, looks_up
         self._steps = max(1, PLANNED_ROWS // (len(own) * micro_batch))
         self._lock = Lock()
-        self._turns: dict[int, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], Lookup | None]] = {}
+        self._turns: dict[int, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], _Lookup | None]] = {}
 
     def rows(self, step: int, j: int) -> Rows:
         turn, place = divmod(step - self._start, self._steps)
@@ -141,7 +174,7 @@ class Planned:
                 first = self._start + turn * self._steps
                 columns = self._order.plan(range(first, first + self._steps), self._own, self._micro_batch)
                 sources, _, numbers = columns
-                lookup = self._fill.lookup(sources.ravel(), numbers.ravel()) if self._looks_up else None
+                lookup = _Lookup(self._fill, sources.ravel(), numbers.ravel()) if self._looks_up else None
                 self._turns = {turn - 1: self._turns[turn - 1]} if turn - 1 in self._turns else {}
                 self._turns[turn] = columns, lookup
             columns, lookup = self._turns[turn]
@@ -149,6 +182,46 @@ class Planned:
         sources, epochs, numbers = (column[place, k] for column in columns)
         low = (place * len(self._own) + k) * self._micro_batch
         return Rows(j, sources, epochs, numbers, f"step {step}, micro batch {j}", lookup, low)
+
+
+def _own(rank: int, world_size: int, micro_batches: int) -> range:
+    return range(rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size)
+
+
+def _lanes(order: Order, micro_batch: int, ranks: Sequence[int], micro_batches: int, world_size: int) -> set[int]:
+    """The lanes that some ranks read."""
+    own = [_own(rank, world_size, micro_batches) for rank in ranks]
+    depth = order.depth
+    return {
+        lane
+        for j in own
+        if j
+        for lane in range(j[0] * micro_batch // depth, ((j[-1] + 1) * micro_batch - 1) // depth + 1)
+    }
+
+
+def _again(
+    order: Order, start_step: int, own: int, lanes: set[int], source: int, epoch: int, number: int
+) -> float | None:
+    """The turn in which a sample comes again on this node, see foresight.Again."""
+    found = order.about(source, epoch + 1, number)
+    if found is None:
+        return None
+    lane, step = found
+    return (step - start_step) * own if lane in lanes else NEVER
+
+
+class _Lookup:
+    """A lookup that is made when it is first asked for; threads share it."""
+
+    def __init__(self, fill: Fill, sources: np.ndarray, numbers: np.ndarray) -> None:
+        self._make, self._lock = partial(fill.lookup, sources, numbers), Lock()
+        self._made: tuple[Lookup | None] | None = None
+
+    def __call__(self) -> Lookup | None:
+        with self._lock:
+            self._made = self._made or (self._make(),)
+            return self._made[0]
 
 
 def evaluation_batches(
@@ -163,7 +236,7 @@ def evaluation_batches(
     samples = len(fill.datasets[0])
     batches = -(-samples // micro_batch_size)
     if not batches:
-        raise DataError(f"{fill.datasets[0].index.folder} has no samples to evaluate; pack or index another folder")
+        raise DataError(f"{fill.datasets[0].index.place} has no samples to evaluate; pack or index another folder")
 
     def rows(i: int) -> Rows:
         numbers = np.arange(i * micro_batch_size, min((i + 1) * micro_batch_size, samples), dtype=np.int64)

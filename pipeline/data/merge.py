@@ -54,8 +54,8 @@ def merge(sets: Sequence[Path], out: Path, copy: bool = False, progress: Progres
         for one, named in zip(opened, names):
             for shard, name in zip(one.shards, named):
                 read_segment(one.storage, shard)  # it is whole
-                link(one.folder / shard.name, work.out / name, copy)
-                link(one.folder / f"{shard.name}.idx", work.out / f"{name}.idx", copy)
+                link(Path(one.place) / shard.name, work.out / name, copy)
+                link(Path(one.place) / f"{shard.name}.idx", work.out / f"{name}.idx", copy)
                 table.append(shard._replace(name=name))
                 done += shard.bytes
                 progress("merge", done, total)

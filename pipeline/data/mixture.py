@@ -114,6 +114,15 @@ class Mixture:
         sources, epochs, numbers = (column.reshape(len(steps), len(own), micro_batch) for column in found)
         return sources, epochs, numbers
 
+    def about(self, source: int, epoch: int, number: int) -> tuple[int, float] | None:
+        """The lane that will have a sample of a source in an epoch, and about the step; None when it is not known."""
+        return self.segments[-1].about(source, epoch, number)
+
+    @property
+    def depth(self) -> int:
+        """Rows that a lane gives to each step, now."""
+        return self.segments[-1].depth
+
     @property
     def shares(self) -> list[tuple[str, int, int]]:
         """(name, draws, D) of the sources that are drawn now: so many of each D samples of a lane."""

@@ -108,6 +108,18 @@ class Order:
         epochs, numbers = self.at(np.array([lane], np.int64), np.array([position], np.int64))
         return int(epochs[0]), int(numbers[0])
 
+    def about(self, epoch: int, number: int) -> tuple[int, int]:
+        """The lane that has a sample in an epoch, and the lane position to within a window: `sample` the other way."""
+        n, blocks = self.samples, -(-self.samples // self.block)
+        key, q = _last_block(self.seed, blocks, epoch)
+        block, short = number // self.block, n - (blocks - 1) * self.block
+        rank = int(_unpermute(np.array([block]), np.array([blocks]), np.array([key]))[0])
+        place = rank * self.block - (self.block - short if rank > q else 0) + number % self.block
+        starts = np.arange(self.lanes, dtype=np.int64)
+        starts = _before((epoch + 1) * n, starts, self.lanes) - _before(epoch * n, starts, self.lanes)
+        lane = int(starts.searchsorted(place, "right")) - 1
+        return lane, (epoch * n + self.lanes - 1 - lane) // self.lanes + place - int(starts[lane])
+
     def at(self, lane: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sample numbers, int64[k] each, at positions int64[k] of lanes int64[k]."""
         return places(

@@ -8,6 +8,7 @@ A few samples, spread evenly, stand for all; classes are counted by the card whe
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,30 +20,33 @@ from pipeline.data import sheet
 from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.sheet import Shown, Sound
 from pipeline.data.sound import Audio
+from pipeline.data.storage import Storage, beside, is_url
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
 
-COUNTED = 100_000  # samples whose class is read when no card tells
+COUNTED = 100_000  # samples whose class is read when no card tells,
+COUNTED_REMOTE = 200  # and of a URL, where each is fetched
+LOOK_BYTES = 1 << 18  # of a URL: bytes around a sample that are fetched with it
 PAGE_CHARACTERS = 20_000  # of one sample's text on a page
 PICTURES = ("jpg", "jpeg", "jpe", "png", "webp")
 
 
 def preview(folder: Path | str, count: int = 4) -> str:
     """What is in a data set, as text: size, card, classes, and `count` samples with their fields. Raises DataError."""
-    folder = Path(folder)
-    with open_dataset(folder) as dataset:
+    with open_dataset(folder, block_bytes=LOOK_BYTES if is_url(folder) else None) as dataset:
+        storage = dataset.index.storage
         samples = _spread(dataset, max(count, 16))
-        parts = [_size(dataset), *_card(folder), *_classes(dataset, folder), *_shapes(samples)]
-        show = _Show(folder)
+        parts = [_size(dataset), *_card(storage), *_classes(dataset), *_shapes(samples)]
+        show = _Show(storage)
         for sample in _spread(dataset, count):
             parts += ["", f"sample {sample.number}, {sample.key}"]
             parts += [f"  {field}: {show.field(sample, field)}" for field in sample.fields]
     return "\n".join(parts)
 
 
-def describe(folder: Path, sample: Sample) -> list[str]:
+def describe(storage: Storage, sample: Sample) -> list[str]:
     """A line for each field of one sample."""
-    show = _Show(folder)
+    show = _Show(storage)
     return [f"{field}: {show.field(sample, field)}" for field in sample.fields]
 
 
@@ -51,17 +55,17 @@ def write_sheet(folder: Path | str, out: Path | str, count: int = 64) -> None:
 
     Raises DataError for another ending, and for a picture of samples that hold none.
     """
-    folder, out = Path(folder), Path(out)
+    out = Path(out)
     suffix = out.suffix.lower()
     if suffix not in (".png", ".html"):
         raise DataError(f"{out.name}: a sheet is a .png or a .html file; name it so")
-    show = _Show(folder)
-    with open_dataset(folder) as dataset:
-        samples = _spread(dataset, count)
+    with open_dataset(folder, block_bytes=LOOK_BYTES if is_url(folder) else None) as dataset:
+        samples, show = _spread(dataset, count), _Show(dataset.index.storage)
         shown = [show.sample(sample) for sample in samples]
         if suffix == ".html":
-            facts = [_size(dataset), *_card(folder), *_classes(dataset, folder)]
-            out.write_text(sheet.page(folder.resolve().name, facts, shown), encoding="utf-8")
+            facts = [_size(dataset), *_card(dataset.index.storage), *_classes(dataset)]
+            name = str(folder).rstrip("/").rpartition("/")[2] if is_url(folder) else Path(folder).resolve().name
+            out.write_text(sheet.page(name, facts, shown), encoding="utf-8")
         elif any(sample.pictures for sample in shown):
             sheet.draw(shown).save(out)
         else:
@@ -73,9 +77,13 @@ def write_sheet(folder: Path | str, out: Path | str, count: int = 64) -> None:
 class _Show:
     """How the fields of one data set read: with its class names and its tokenizer, if it has them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.classes = _read_json(folder / "classes.json") or []
-        self.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    def __init__(self, storage: Storage) -> None:
+        self.classes = _read_json(storage, "classes.json") or []
+        self.tokenizer = None
+        if (content := beside(storage, "tokenizer.json")) is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "tokenizer.json").write_bytes(content)
+                self.tokenizer = load_tokenizer(Path(folder))
 
     def sample(self, sample: Sample) -> Shown:
         """What a sheet shows of a sample: all pictures, all sounds, and in words the rest."""
@@ -130,19 +138,21 @@ class _Show:
 def _spread(dataset: Dataset, count: int) -> list[Sample]:
     """At most `count` samples, at even distances from the first to the last."""
     numbers = np.unique(np.linspace(0, len(dataset) - 1, min(max(count, 1), len(dataset))).astype(int))
+    if dataset.remote is not None:
+        dataset.remote.ask_all(numbers)
     return [dataset.sample(int(number)) for number in numbers]
 
 
 def _size(dataset: Dataset) -> str:
     index = dataset.index
     return (
-        f"{index.folder}: {index.samples:,} samples in {len(index.shards)} shards, {index.bytes / 1e6:,.1f} MB, "
+        f"{index.place}: {index.samples:,} samples in {len(index.shards)} shards, {index.bytes / 1e6:,.1f} MB, "
         f"identity {index.identity[:12]}"
     )
 
 
-def _card(folder: Path) -> list[str]:
-    card = _read_json(folder / "card.json")
+def _card(storage: Storage) -> list[str]:
+    card = _read_json(storage, "card.json")
     if not card:
         return []
     licence = f", licence {card['licence']}" if card.get("licence") else ""
@@ -155,14 +165,14 @@ def _card(folder: Path) -> list[str]:
     return lines + [f"warning: {warning}" for warning in card.get("warnings", [])]
 
 
-def _classes(dataset: Dataset, folder: Path) -> list[str]:
+def _classes(dataset: Dataset) -> list[str]:
     """The balance of the classes: how many there are, the largest, the smallest."""
-    card = _read_json(folder / "card.json") or {}
+    card = _read_json(dataset.index.storage, "card.json") or {}
     if "classes" in card:
         counts, note = Counter(card["classes"]), ""
     elif "cls" in dataset.sample(0):
-        show = _Show(folder)
-        samples = _spread(dataset, COUNTED)
+        show = _Show(dataset.index.storage)
+        samples = _spread(dataset, COUNTED if dataset.remote is None else COUNTED_REMOTE)
         counts = Counter(show.class_name(sample["cls"]) for sample in samples if "cls" in sample)
         note = f" (of {len(samples):,} samples)" if len(samples) < len(dataset) else ""
     else:
@@ -197,11 +207,11 @@ def _short(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 3] + "..."
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(storage: Storage, name: str) -> Any:
     """The JSON in a file beside the shards, None when there is no such file; DataError when it cannot be read."""
+    content = beside(storage, name)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        return None if content is None else json.loads(content)
     except ValueError as error:
-        raise DataError(f"{path} is not readable JSON ({error}); remove it, or pack the data set again") from error
+        what = f"{storage.place}/{name} is not readable JSON ({error})"
+        raise DataError(f"{what}; remove it, or pack the data set again") from error

@@ -23,12 +23,17 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pipeline.data.decode import decode
+from pipeline.data.fetching import Fetching
 from pipeline.data.index import Index, open_index
+from pipeline.data.order import block_samples
+from pipeline.data.remote import Remote, RemoteTar
 from pipeline.data.segment import Field, Segment
 from pipeline.data.slow import Reads
 from pipeline.errors import DataError
+from pipeline.object_store import Absent, StoreError
 
 if TYPE_CHECKING:
+    from pipeline.data.cache import Place
     from pipeline.data.iterable import Batches
 
 MAX_MAPPED = 256  # shards at once; each holds two file descriptors, of which a process often has 1,024
@@ -45,12 +50,13 @@ class SampleError(DataError):
 class Mapped:
     """A shard that is open: its tar and its segment.
 
-    read: bytes, and the seconds that took, since somebody last asked.
+    path: or URL.  read: bytes, and the seconds that took, since somebody last asked.
     """
 
-    path: Path
+    path: str
     tar: memoryview
     segment: Segment
+    pieces: RemoteTar | None = None  # that its bytes come in, when it is not here
     read: list[float] = field(default_factory=lambda: [0, 0.0])
     _places: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
@@ -121,17 +127,22 @@ class Sample:
                 f"{self._shard.path}: sample {self.key} (number {self.number}) has no field {field}, it has "
                 f"{', '.join(self._fields)}; use another task, or pack the data set with that field"
             )
+        if (pieces := self._shard.pieces) is not None:
+            pieces.need(self._row)
         data = self._shard.tar[place.offset : place.offset + place.length]
         if self._dataset.check_digests:
             began = time.perf_counter()  # the first touch: if a disk is waited for, then here
             digest, read = xxh3_64_intdigest(data), self._shard.read
             read[0] += place.length
             read[1] += time.perf_counter() - began
+            if digest != place.digest and pieces is not None:
+                pieces.again(self._row)
+                digest = xxh3_64_intdigest(data)
             if digest != place.digest:
                 raise SampleError(
                     f"{self._where(field)}: its {place.length} bytes at byte {place.offset} are not those that were "
                     "indexed (xxh3 differs); copy the shard again, then "
-                    f"`millstream data verify {self._shard.path.parent}`"
+                    f"`millstream data verify {self._dataset.index.place}`"
                 )
         self._checked[field] = data
         return data
@@ -141,12 +152,25 @@ class Sample:
 
 
 class Dataset:
-    """An indexed folder of shards, opened for reading; `open_dataset` makes one. Threads may share it."""
+    """An indexed folder of shards, or one at a URL, opened for reading; `open_dataset` makes one. Threads may share it.
 
-    def __init__(self, index: Index, check_digests: bool = True, decoders: Decoders | None = None) -> None:
+    block: samples that are read in one piece. It decides in which pieces a URL is fetched.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        check_digests: bool = True,
+        decoders: Decoders | None = None,
+        block_bytes: int | None = None,
+    ) -> None:
         self.index = index
         self.check_digests = check_digests
         self.decoders = decoders or {}
+        self.block_bytes = block_bytes or index.storage.block_bytes
+        self.block = block_samples(index.samples, index.bytes, self.block_bytes)
+        remote = index.storage if isinstance(index.storage, Remote) else None
+        self.remote = Fetching(index, remote, self.block) if remote else None
         self._mapped: dict[int, Mapped] = {}
         self._lock = threading.Lock()
 
@@ -180,21 +204,27 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the same folder for itself."""
-        return open_dataset, (self.index.folder, self.check_digests, self.decoders)
+        cache = self.remote.remote.settings if self.remote else None
+        return open_dataset, (self.index.place, self.check_digests, self.decoders, self.block_bytes, cache)
+
+    def reopen(self) -> Dataset:
+        """The same data set, opened anew."""
+        return open_dataset(*self.__reduce__()[1])
 
     def take_reads(self) -> Reads:
         """What was read of each shard since this was last asked. Of several threads one gets what all have read."""
         reads: Reads = {}
         for shard in list(self._mapped.values()):
             if shard.read[0]:
-                reads[str(shard.path)] = shard.read.copy()
+                reads[shard.path] = shard.read.copy()
                 shard.read[:] = 0, 0.0
-        return reads
+        return reads if self.remote is None else self.remote.remote.take_reads()
 
     def close(self) -> None:
         """Let go of all files; those whose bytes are still in use stay mapped until they are not."""
         with self._lock:
             self._mapped.clear()
+        self.index.storage.close()
 
     def __enter__(self) -> Dataset:
         return self
@@ -207,11 +237,14 @@ class Dataset:
         found = self._mapped.get(shard)
         if found is not None:
             return found
+        arrived = self._open_remote(shard) if self.remote else None  # not while others wait for the lock
         with self._lock:
             if shard not in self._mapped:
                 while len(self._mapped) >= MAX_MAPPED:
-                    self._mapped.pop(next(iter(self._mapped)))  # the one mapped longest ago
-                self._mapped[shard] = self._open(shard)
+                    self._mapped.pop(gone := next(iter(self._mapped)))  # the one mapped longest ago
+                    if self.remote is not None:
+                        self.remote.forget(gone)
+                self._mapped[shard] = arrived or self._open(shard)
             return self._mapped[shard]
 
     def _open(self, shard: int) -> Mapped:
@@ -225,7 +258,17 @@ class Dataset:
             raise SampleError(f"{path}: had {noted.bytes} bytes when it was indexed, has {len(tar)}; copy it again")
         return Mapped(path, tar, segment)
 
-    def _read(self, name: str, path: Path) -> memoryview:
+    def _open_remote(self, shard: int) -> Mapped:
+        assert self.remote is not None
+        try:
+            segment, tar = self.remote.open(shard)
+        except DataError as error:
+            if isinstance(error, StoreError) and not isinstance(error, Absent):
+                raise  # it may pass, and the sample is not to blame
+            raise SampleError(str(error)) from error
+        return Mapped(self.index.tar_path(shard), tar.span.view, segment, tar)
+
+    def _read(self, name: str, path: str) -> memoryview:
         """The bytes of a tar; what may pass (a server that does not answer, no more descriptors) is tried again."""
         for pause in (*RETRY_SECONDS, None):
             try:
@@ -240,9 +283,17 @@ class Dataset:
         raise AssertionError
 
 
-def open_dataset(folder: Path | str, check_digests: bool = True, decoders: Decoders | None = None) -> Dataset:
-    """Open an indexed folder of shards.
+def open_dataset(
+    place: Path | str,
+    check_digests: bool = True,
+    decoders: Decoders | None = None,
+    block_bytes: int | None = None,
+    cache: Place | None = None,
+) -> Dataset:
+    """Open an indexed folder of shards, or one at a URL.
+
+    block_bytes: that are read in one piece, on average.  cache: where this node keeps what comes from a URL.
 
     Raises DataError when there is no index or it is not of these shards, see index.open_index.
     """
-    return Dataset(open_index(folder), check_digests, decoders)
+    return Dataset(open_index(place, cache), check_digests, decoders, block_bytes)

@@ -68,7 +68,7 @@ def repair(
     """
     old = read_root(folder)
     keys = keys_of(drop) if drop else frozenset()
-    stats = [path.stat() for path in map(old.tar_path, range(len(old.shards))) if path.exists()]
+    stats = [path.stat() for path in (Path(old.tar_path(i)) for i in range(len(old.shards))) if path.exists()]
     seen = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
     with work_folder(out, {"repair": old.identity, "drop": sorted(keys), "seen": seen}) as work:
         work_on = partial(_repair, folder, work.out, keys)

@@ -64,14 +64,25 @@ class Lookup:
             shards, rows = dataset.index.places(numbers[places])
             order = np.argsort(shards, kind="stable")
             distinct, first = np.unique(shards[order], return_index=True)
+            if dataset.remote is not None:
+                dataset.remote.open_ahead(distinct.tolist())
             for shard, chosen in zip(distinct.tolist(), np.split(order, first[1:])):
                 self.parts.append((dataset.mapped(shard), places[chosen], rows[chosen]))
         together = np.concatenate([places for _, places, _ in self.parts])
         self._back = np.empty_like(together)  # where each of the k stands when they are sorted by shard
         self._back[together] = np.arange(len(together))
+        self.is_remote = any(shard.pieces for shard, _, _ in self.parts)
         self._columns: dict[str, Column] = {}
         self._values: dict[str, np.ndarray | None] = {}
         self.slow = False  # bytes came slowly: from now on each shard is timed by itself
+
+    def need(self, low: int, high: int) -> None:
+        """Wait until the bytes of the samples from `low` to `high` are here, where they come from a URL."""
+        for shard, places, rows in self.parts:
+            if shard.pieces is not None:
+                inside = rows[(places >= low) & (places < high)]
+                if len(inside):
+                    shard.pieces.need(inside)
 
     def column(self, field: str) -> Column:
         """Where a field lies; found once, and kept."""
@@ -116,6 +127,8 @@ class Samples:
         self._empty: Empty = empty or (lambda name, shape, dtype: np.empty(shape, dtype))
         self._check = all(dataset.check_digests for dataset in lookup.datasets)
         self.reads: Reads = {}  # what was read so far, of all shards together
+        if lookup.is_remote:
+            lookup.need(self._range.start, self._range.stop)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -189,7 +202,7 @@ class Samples:
 
     def _timed(self, began: float, count: int) -> None:
         """Note that `count` bytes have been read since."""
-        if self._lookup.slow:
+        if self._lookup.slow or self._lookup.is_remote:
             return
         seconds = time.perf_counter() - began
         if seconds > SLOW_SECONDS and count < SLOW_RATE * seconds:

@@ -171,7 +171,11 @@ def scan_tar(path: Path) -> tuple[bytes, int, int]:
 
     Raises DataError for what tar.members refuses, two members of one name, and a tar without any sample but with files.
     """
-    tar = map_file(path)
+    return scan(map_file(path), str(path))
+
+
+def scan(tar: memoryview, path: str) -> tuple[bytes, int, int]:
+    """`scan_tar` of a tar's bytes; `path` is for messages."""
     rows: dict[str, int] = {}
     names: dict[str, int] = {}
     owners: list[int] = []
@@ -215,7 +219,7 @@ def _whole_numbers(tar: memoryview, records: np.ndarray, samples: int) -> np.nda
         return None
 
 
-def _refuse_twins(owner: np.ndarray, name: np.ndarray, rows: dict[str, int], names: dict[str, int], path: Path) -> None:
+def _refuse_twins(owner: np.ndarray, name: np.ndarray, rows: dict[str, int], names: dict[str, int], path: str) -> None:
     both = np.sort(owner * len(names) + name)
     twins = both[1:][both[1:] == both[:-1]]
     if len(twins):

@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from pipeline.data import parallel
 from pipeline.data.index import open_index
 from pipeline.data.root import ROOT
 from pipeline.data.writer import Progress, silent
 from pipeline.errors import DataError
+from pipeline.object_store import Store, open_store
 
 SENDING = "sending.json"
-RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before what failed is tried again
-
-T = TypeVar("T")
 
 
 class Sent(NamedTuple):
@@ -49,8 +45,8 @@ def send(folder: Path, url: str, threads: int = 8, progress: Progress = silent) 
     identities = {each.relative_to(folder).as_posix(): open_index(each).identity for each in sets}
     found = (path for each in sets for path in each.iterdir() if path.is_file() and not path.name.startswith("."))
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(found)}
-    store = _Store(url)
-    there = store.sizes()
+    store = open_store(url)
+    there = _sizes(store)
     if there.get(SENDING) is None and _is_all_there(folder, store, files, there):
         return Sent(0, 0)
     note = json.dumps({"data": identities, "of": hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()})
@@ -69,64 +65,23 @@ def send(folder: Path, url: str, threads: int = 8, progress: Progress = silent) 
     return Sent(len(missing), total)
 
 
-def _is_all_there(folder: Path, store: _Store, files: dict[str, int], there: dict[str, int]) -> bool:
+def _sizes(store: Store) -> dict[str, int]:
+    """All files that are there by name, with their bytes."""
+    infos = store.infos()
+    if infos is None:
+        raise DataError(f"{store.url} cannot be written to; use the store's own URL, such as s3://bucket/folder")
+    return {name: info.size for name, info in infos.items()}
+
+
+def _is_all_there(folder: Path, store: Store, files: dict[str, int], there: dict[str, int]) -> bool:
     """Whether this data set was sent before, to its end."""
     roots = [name for name in files if name.rpartition("/")[2] == ROOT]
     return there == files and all(store.read(name) == (folder / name).read_bytes() for name in roots)
 
 
-def _send(store: _Store, folder: Path, name: str) -> int:
+def _send(store: Store, folder: Path, name: str) -> int:
     size = (folder / name).stat().st_size
     store.put(folder / name, name)
-    if (found := store.sizes(name).get(name)) != size:
+    if (found := store.info(name).size) != size:
         raise DataError(f"{store.url}/{name} has {found} bytes after {size} were sent; send again")
     return size
-
-
-class _Store:
-    """The files below a URL. Threads may share it. Every failure is a DataError that names the URL."""
-
-    def __init__(self, url: str) -> None:
-        from fsspec.core import url_to_fs
-
-        self.url = url.rstrip("/")
-        try:
-            self._files, root = url_to_fs(self.url, **({"auto_mkdir": True} if url.startswith("file:") else {}))
-        except (ImportError, ValueError) as error:
-            raise DataError(f"{url}: {error}; install what this kind of store needs") from error
-        self._root = root.rstrip("/")
-
-    def sizes(self, below: str = "") -> dict[str, int]:
-        """All files by name, with their bytes."""
-        self._files.invalidate_cache()
-        try:
-            found = self._tried(lambda: self._files.find(f"{self._root}/{below}".rstrip("/"), detail=True))
-        except FileNotFoundError:
-            return {}
-        return {path.removeprefix(f"{self._root}/"): info["size"] for path, info in found.items()}
-
-    def read(self, name: str) -> bytes:
-        return self._tried(lambda: self._files.cat_file(f"{self._root}/{name}"))
-
-    def write(self, name: str, content: bytes) -> None:
-        self._tried(lambda: self._files.pipe_file(f"{self._root}/{name}", content))
-
-    def put(self, file: Path, name: str) -> None:
-        self._tried(lambda: self._files.put_file(str(file), f"{self._root}/{name}"))
-
-    def remove(self, name: str) -> None:
-        self._tried(lambda: self._files.rm_file(f"{self._root}/{name}"))
-
-    def _tried(self, do: Callable[[], T]) -> T:
-        for pause in (*RETRY_SECONDS, None):
-            try:
-                return do()
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # each store has errors of its own, many of them no OSError
-                if pause is None or isinstance(error, PermissionError):
-                    said = str(error) or type(error).__name__
-                    mend = "check network, endpoint, credentials and rights; the same command goes on"
-                    raise DataError(f"{self.url}: {said}; {mend}") from error
-                time.sleep(pause)
-        raise AssertionError

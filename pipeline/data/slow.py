@@ -8,13 +8,20 @@ is not measured; shards that are all equally slow are none of them slow: the sha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.data.cache_policy import IN_FLIGHT
+
+if TYPE_CHECKING:
+    from pipeline.data.remote import Remote
 
 SLOWER = 10.0  # times the others' seconds for a byte
 LEAST_SECONDS = 1.0  # that were spent on it, and waited for data, before it is named
 LEAST_READS = 5  # micro batches that read from it
+LINK_SECONDS, LINK_SHARE = 30.0, 0.3  # a link is slow when training waits for it this share of so many seconds
 MOST_NAMED = 3  # so that a slow server is not named once for each of its shards
 
 Reads = dict[str, list[float]]
@@ -69,8 +76,38 @@ class SlowShards:
         return found
 
 
+class SlowLink:
+    """What comes from one URL, and how long training waits for it."""
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote = remote
+        self._began, self._fetched, self._waited, self._told = time.monotonic(), remote.fetched, 0.0, False
+
+    def note(self, waited: float) -> None:
+        """A step was waited for by so many seconds."""
+        self._waited += waited
+
+    def found(self) -> str | None:
+        """That training waits for this URL, when it has done so for long; told once."""
+        seconds = time.monotonic() - self._began
+        if seconds < LINK_SECONDS or self._told:
+            return None
+        fetched, waited = self.remote.fetched - self._fetched, self._waited
+        self._began, self._fetched, self._waited = time.monotonic(), self.remote.fetched, 0.0
+        if waited < LINK_SHARE * seconds or not fetched:
+            return None
+        self._told = True
+        said = f"{self.remote.place} comes at {fetched / seconds / 1e6:.3g} MB/s, {IN_FLIGHT} requests at a time"
+        return (
+            f"{said}: training waits for it {waited / seconds:.0%} of the time. Put the shards nearer, use fewer bytes "
+            "for a sample, or more nodes: each has its own link"
+        )
+
+
 def file_system(path: Path | str) -> str:
     """What holds a path, in the kernel's words: "nfs4 at /data (server:/export)"; see proc_pid_mounts(5)."""
+    if "://" in str(path):
+        return str(path).partition("://")[0] + "://" + str(path).partition("://")[2].partition("/")[0]
     real = Path(path).resolve()
     best = ("", "an unknown file system")
     try:

@@ -12,18 +12,25 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
 
 from pipeline.data import contents
 from pipeline.data.index import Index, open_index
+from pipeline.data.reader import Dataset
 from pipeline.data.segment import BY_VALUE, Segment
+from pipeline.data.storage import beside
 from pipeline.errors import DataError
+from pipeline.object_store import StoreError
 
 SEGMENTS = 1_000  # read at most
+LOOK_BYTES, ASKED = (
+    1 << 18,
+    64,
+)  # of a URL: bytes around a sample that are fetched with it, and samples asked for at once
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def stats(folder: Path | str, looked: int = 2000, progress: Progress = lambda st
     index = open_index(folder)
     fields, classes, counted = _count(index, progress)
     records = index.shards.records
-    names = index.folder / "classes.json"
+    names = beside(index.storage, "classes.json")
     return Stats(
         folder=str(folder),
         identity=index.identity,
@@ -112,7 +119,7 @@ def stats(folder: Path | str, looked: int = 2000, progress: Progress = lambda st
         counted=counted,
         fields=fields,
         classes=classes,
-        class_names=[str(name) for name in json.loads(names.read_text("utf-8"))] if names.is_file() else [],
+        class_names=[str(name) for name in json.loads(names)] if names else [],
         contents=_look(index, looked, progress),
     )
 
@@ -178,11 +185,11 @@ class _Seen:
         self.unreadable = 0
         self.why: str | None = None
 
-    def add(self, name: str, data: memoryview, digest: int) -> None:
+    def add(self, name: str, read: Callable[[], memoryview]) -> None:
         try:
-            if xxh3_64_intdigest(data) != digest:
-                raise DataError("its bytes are not those that were indexed; run `millstream data verify`")
-            kind, measures = contents.look(name, data)
+            kind, measures = contents.look(name, read())
+        except StoreError:
+            raise
         except DataError as error:
             self.unreadable, self.why = self.unreadable + 1, self.why or str(error)
             return
@@ -199,20 +206,18 @@ class _Seen:
 def _look(index: Index, looked: int, progress: Progress) -> list[Content]:
     seen: dict[str, _Seen] = {}
     numbers = _even(index.samples, looked)
-    shards, rows = index.places(numbers)
-    done = 0
-    for shard in np.unique(shards).tolist():
-        name, segment = index.shards.name(shard), index.segment(shard)
-        try:
-            tar = index.storage.map(name)
-        except OSError as error:
-            raise DataError(f"{index.tar_path(shard)}: the shard cannot be read ({error.strerror})") from error
-        for row in rows[shards == shard].tolist():
-            for field_name, (offset, length, digest) in segment.sample(row).items():
-                if contents.can_look(field_name):
-                    seen.setdefault(field_name, _Seen()).add(field_name, tar[offset : offset + length], digest)
-            done += 1
+    dataset = Dataset(index, block_bytes=LOOK_BYTES)
+    try:
+        for done, number in enumerate(numbers.tolist(), 1):
+            if dataset.remote is not None and done % ASKED == 1:
+                dataset.remote.ask_all(numbers[done - 1 : done - 1 + ASKED])
+            sample = dataset.sample(number)
+            for name in sample.fields:
+                if contents.can_look(name):
+                    seen.setdefault(name, _Seen()).add(name, partial(sample.raw, name))
             progress("look", done, len(numbers))
+    finally:
+        dataset.close()
     return [found.content(name) for name, found in seen.items()]
 
 

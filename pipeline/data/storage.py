@@ -1,7 +1,7 @@
-"""Where the files of a data set lie: whole files by their name, read-only; for now those of a local folder, mapped.
+"""Where the files of a data set lie: whole files by their name, read-only. Here those of a local folder, mapped.
 
-What reads a data set (index, segments, samples) asks a Storage for bytes and nothing else, so another place needs one
-more class with these three things. Data sets are written in folders only.
+What reads a data set (index, segments, samples) asks a Storage for bytes and nothing else. remote.py is the one of a
+URL, whose tars come in pieces. Data sets are written in folders only.
 
 What it gives up: a mapped file cannot report an error of the disk, nor that it was cut after it was opened; the system
 ends the process then (SIGBUS). The next start compares sizes and names the shard.
@@ -13,9 +13,12 @@ import mmap
 import os
 import shlex
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from pipeline.data.cache import Place
 
 COMPRESSED = {  # how the name of a compressed tar ends -> the command that puts a plain .tar in its place
     **dict.fromkeys((".tar.gz", ".tgz"), "gzip -d"),
@@ -27,7 +30,12 @@ COMPRESSED = {  # how the name of a compressed tar ends -> the command that puts
 
 
 class Storage(Protocol):
-    """A place that holds the files of one data set. Threads may share it."""
+    """A place that holds the files of one data set. Threads may share it.
+
+    block_bytes: that are read in one piece, on average, where nobody says otherwise.
+    """
+
+    block_bytes: int
 
     @property
     def place(self) -> str:
@@ -38,13 +46,23 @@ class Storage(Protocol):
         """All bytes of a file, read-only; FileNotFoundError or another OSError when they cannot be had."""
         ...
 
-    def sizes(self) -> dict[str, int] | None:
-        """The tars that are there by name, with their bytes; None when they cannot be listed cheaply."""
+    def segment(self, name: str, digest: str) -> memoryview:
+        """The index of the tar `name`, whose xxh3_128 should be `digest`; raises as `map` does."""
+        ...
+
+    def sizes(self, expected: int = 0) -> dict[str, int] | None:
+        """The tars that are there by name, with their bytes; None when so many cannot be listed cheaply."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is open."""
         ...
 
 
 class Folder:
     """A local folder."""
+
+    block_bytes = 1 << 20
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -56,9 +74,39 @@ class Folder:
     def map(self, name: str) -> memoryview:
         return map_file(self.folder / name)
 
-    def sizes(self) -> dict[str, int]:
+    def segment(self, name: str, digest: str) -> memoryview:
+        return self.map(f"{name}.idx")
+
+    def sizes(self, expected: int = 0) -> dict[str, int]:
         """Raises DataError as `find_shards` does."""
         return find_shards(self.folder)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def beside(storage: Storage, name: str) -> bytes | None:
+    """A file that lies beside the shards; None when there is none."""
+    try:
+        return bytes(storage.map(name))
+    except FileNotFoundError:
+        return None
+
+
+def is_url(place: Path | str) -> bool:
+    """Whether a place is somewhere else than in a file system that is mounted here."""
+    return "://" in str(place) and not str(place).startswith("file://")
+
+
+def open_storage(place: Path | str | Storage, cache: Place | None = None) -> Storage:
+    """A folder, or a URL through the cache of this node. Raises StoreError for a URL that nobody knows."""
+    if not isinstance(place, Path | str):
+        return place
+    if is_url(place):
+        from pipeline.data.remote import Remote
+
+        return Remote(str(place), cache)
+    return Folder(str(place).removeprefix("file://"))
 
 
 def map_file(path: Path) -> memoryview:

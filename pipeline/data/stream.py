@@ -10,19 +10,21 @@ person asked for a new order on purpose. What it gives up: the state says which 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.data.cache import Place
+from pipeline.data.cache_policy import ahead_bytes, least_bytes
 from pipeline.data.decode import load_decoders
 from pipeline.data.fill import Fill, Substitutes
 from pipeline.data.loader import Loader
 from pipeline.data.mixture import Mixture, Source
-from pipeline.data.order import block_samples
-from pipeline.data.reader import Sample, open_dataset
+from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.skipped import Skipped
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 VERSION = 1  # of the state
 
@@ -35,21 +37,27 @@ class Preparing(Protocol):
     def prepare(self, sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]: ...
 
 
+def open_set(config: Config, place: Path | str) -> Dataset:
+    """One of the data sets that a configuration names, as its `data` says. Raises DataError as open_index does."""
+    data = config.data
+    cache = Place(data.cache, data.cache_bytes)
+    return open_dataset(place, data.check_digests, load_decoders(data.decoders), data.block_bytes, cache)
+
+
 class Stream:
     """Opened data sets in the order that the configuration asks for, or, after `resume`, that of a checkpoint."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        decoders = load_decoders(config.data.decoders)
         sources = config.data.train
-        self.datasets = [open_dataset(s.folder, config.data.check_digests, decoders) for s in sources.values()]
+        self.datasets = [open_set(config, source.folder) for source in sources.values()]
         self.mixture = Mixture.start(
             [
                 Source(
                     name,
                     dataset.identity,
                     len(dataset),
-                    block_samples(len(dataset), dataset.index.bytes, config.data.block_bytes),
+                    dataset.block,
                     source.weight,
                 )
                 for (name, source), dataset in zip(sources.items(), self.datasets)
@@ -132,17 +140,22 @@ class Stream:
         """About what one worker reads from at a time: the windows of its lanes, over all data sets."""
         segment = self.mixture.segments[-1]
         lanes = -(-segment.lanes // world_size)
-        window = segment.window_blocks * self.config.data.block_bytes
-        return sum(min(lanes * window, dataset.index.bytes) for dataset in self.datasets)
+        blocks = lanes * segment.window_blocks
+        return sum(min(blocks * dataset.block_bytes, dataset.index.bytes) for dataset in self.datasets)
 
     def _grown(self, source: int, samples: int) -> str | None:
         """The identity that the first `samples` samples of a source have by themselves."""
         return self.datasets[source].index.prefix_identity(samples)
 
-    def loader(self, task: Preparing, rank: int, world_size: int, first: int) -> Loader:
-        """A rank's micro batches from step `first` on; what it decides on bad samples it writes into `substitutes`."""
+    def loader(self, task: Preparing, rank: int, world_size: int, first: int, here: Sequence[int] = ()) -> Loader:
+        """A rank's micro batches from step `first` on; what it decides on bad samples it writes into `substitutes`.
+
+        here: the ranks on this node, which share its cache of what comes from URLs; by default `rank` alone. Raises
+        ConfigError when the cache cannot hold what they read from at a time.
+        """
         data, config = self.config.data, self.config
-        blocks = [block_samples(len(one), one.index.bytes, data.block_bytes) for one in self.datasets]
+        self._share_cache(world_size, len(here) or 1)
+        blocks = [one.block for one in self.datasets]
         lanes = data.lanes or config.micro_batches
         fill = Fill(
             self.datasets,
@@ -165,7 +178,26 @@ class Stream:
             start_step=first,
             substitutes=self.substitutes,
             skipped=self.skipped,
+            here=here,
         )
+
+    def _share_cache(self, world_size: int, workers: int) -> None:
+        """Say how far ahead of need each URL is read, with `workers` of `world_size` on this node."""
+        remotes = [dataset for dataset in self.datasets if dataset.remote is not None]
+        segment, size = self.mixture.segments[-1], self.config.data.cache_bytes
+        blocks, least = -(-segment.lanes // world_size) * segment.window_blocks, 0
+        for dataset in remotes:
+            block, all_bytes = dataset.block_bytes, dataset.index.bytes
+            window = min(blocks * block, all_bytes)
+            least += min(workers * least_bytes(window, block), all_bytes)
+            dataset.remote.remote.ahead_bytes = ahead_bytes(window, block, size // (workers * len(remotes)))
+        if least > size:
+            raise ConfigError(
+                f"data.cache_bytes is {size / 1e6:,.1f} MB, and the {workers} workers of this node read from "
+                f"{least / 1e6:,.1f} MB at a time (their lanes' windows of {segment.window_blocks} blocks, and what is "
+                f"on its way): set data.cache_bytes to at least {least}, or lower data.shuffle_blocks or "
+                "data.block_bytes, which gives another order"
+            )
 
     def close(self) -> None:
         """Let go of all files."""

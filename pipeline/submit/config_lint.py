@@ -44,7 +44,7 @@ def problems(configs: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     for name, values in configs.items():
         for pattern in PATHS:
             for place, path in _at(values, pattern.split("."), ""):
-                if path is not None and not PurePosixPath(str(path)).is_absolute():
+                if path is not None and "://" not in str(path) and not PurePosixPath(str(path)).is_absolute():
                     mend = "write it from / on, or render it again: relative ones begin in --folder"
                     found.append(Problem(f"{name}: {place}", f"{path} means another place elsewhere", suggestion=mend))
         if (address := value(values, "cluster.address")) is not None:

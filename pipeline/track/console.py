@@ -171,7 +171,8 @@ class Console:
         name, _, kind = metric.rpartition("/")
         if kind != "bits_per_byte" or name not in self.config.data.evaluate:
             return ""
-        bits = xz_bits_per_byte(Path(self.config.data.evaluate[name]))
+        place = self.config.data.evaluate[name]
+        bits = xz_bits_per_byte(place) if isinstance(place, Path) else None
         return f"; xz -9 on the same text: {bits:.4f}" if bits else ""
 
     def already_done(self) -> None:

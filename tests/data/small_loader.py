@@ -50,8 +50,8 @@ def gathered(samples: Samples) -> dict[str, np.ndarray] | None:
     return None if rows is None else {"x": rows, "key": rows[:, 0].copy()}
 
 
-def order(micro_batch: int, micro_batches: int) -> Mixture:
-    one = Source("train", "identity", SAMPLES, block=BLOCK)
+def order(micro_batch: int, micro_batches: int, samples: int = SAMPLES) -> Mixture:
+    one = Source("train", "identity", samples, block=BLOCK)
     return Mixture.start([one], lanes=micro_batches, shuffle_blocks=4, seed=0, global_batch=micro_batch * micro_batches)
 
 
@@ -64,12 +64,13 @@ def loader(
     seed: int | None = None,
     gather: Any = None,
     windows: int = 0,
+    samples: int = SAMPLES,
     **changes: Any,
 ) -> Loader:
     options: dict[str, Any] = {"threads": 1, "prefetch": 2} | changes
     sizes: dict[str, int] = {"global_batch_size": micro_batch * micro_batches, "micro_batch_size": micro_batch}
     fill = Fill([dataset], prepare, gather, seed, blocks=[BLOCK], windows=windows)
-    return Loader(fill, order(micro_batch, micro_batches), **sizes, **options)
+    return Loader(fill, order(micro_batch, micro_batches, samples), **sizes, **options)
 
 
 def content(micro: MicroBatch) -> tuple[int, tuple[int, ...], tuple[int, ...], dict[str, list]]:

@@ -37,7 +37,7 @@ def flip(folder: Path, numbers: Sequence[int], place: int) -> None:
     with open_dataset(folder, check_digests=False) as dataset:
         at = [(dataset.index.locate(number), dataset.sample(number).raw("npy").nbytes) for number in numbers]
         places = [(shard, int(dataset.index.segment(shard).table["offset"][row])) for (shard, row), _ in at]
-        paths = [dataset.index.tar_path(shard) for shard, _ in places]
+        paths = [Path(dataset.index.tar_path(shard)) for shard, _ in places]
     for path, (_, offset) in zip(paths, places):
         content = bytearray(path.read_bytes())
         content[offset + place - 8 if place > 10 else offset + 3] ^= 0xFF

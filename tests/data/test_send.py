@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pipeline import object_store
 from pipeline.data import index, send
 from pipeline.data.root import ROOT
 from pipeline.data.send import SENDING
@@ -77,7 +79,8 @@ def test_to_a_store_that_goes_away(folder: Path, monkeypatch: pytest.MonkeyPatch
     try:
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(send, "RETRY_SECONDS", ())  # s3fs tries again by itself
+        opened = partial(object_store.open_store, pauses=())  # s3fs tries again by itself
+        monkeypatch.setattr(send, "open_store", opened)
         url = f"s3://{BUCKET}/photos"
         assert send.send(folder, url).files == len(files(folder))
         assert send.send(folder, url) == (0, 0)

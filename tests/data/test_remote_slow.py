@@ -1,0 +1,60 @@
+"""A shard or a link that training waits for is named, and the order stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import slow
+from pipeline.data.cache import Place
+from pipeline.data.reader import open_dataset
+from tests.data import small_loader
+from tests.data.file_server import Answer, FileServer
+from tests.data.small_loader import SAMPLES, content, loader
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_loader.write(tmp_path_factory.mktemp("slow") / "train")
+
+
+def test_a_slow_shard_is_named_with_its_server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow, "LEAST_SECONDS", 0.3)
+    monkeypatch.setattr(slow, "LEAST_READS", 1)  # all of a small shard comes in a few pieces, ahead of need
+    with open_dataset(folder) as local:
+        name = local.index.shards.name(local.index.locate(SAMPLES // 2)[0])
+        with loader(local) as loading:
+            wanted = [content(micro) for step in range(STEPS) for micro in loading.step(step)]
+    named, read = [], []
+    with FileServer(folder) as server:
+        server.fault = lambda asked, count: Answer(rate=2e4) if asked.name == name and asked.method == "GET" else None
+        with (
+            open_dataset(server.url, block_bytes=8400, cache=Place(tmp_path)) as dataset,
+            loader(dataset, threads=2) as loading,
+        ):
+            for step in range(STEPS):
+                read += [content(micro) for micro in loading.step(step)]
+                named += loading.slow_shards()
+        assert read == wanted and [found.shard for found in named] == [f"{server.url}/{name}"]
+        assert f"on {server.url} is read at" in named[0].message and named[0].rate * 10 <= named[0].others
+
+
+def test_a_slow_link_is_named_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow, "LINK_SECONDS", 0.2)
+    said = []
+    with (
+        FileServer(folder, pause=0.2) as server,
+        open_dataset(server.url, block_bytes=1000, cache=Place(tmp_path)) as dataset,
+        loader(dataset, threads=1) as loading,
+    ):
+        for step in range(STEPS):
+            loading.step(step)
+            said += loading.slow_links()
+        for step in range(STEPS, 2 * STEPS):  # all is in the cache now
+            loading.step(step)
+            assert not loading.slow_links()
+    [told] = said
+    assert told.startswith(f"{server.url} comes at ") and "training waits for it" in told
