@@ -10,6 +10,7 @@ What it gives up: the real step when something else fails already.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,10 +131,15 @@ def _numbers(config: Config, report: Report, world_size: int) -> None:
     if config.zero.extra:
         from pipeline.zero import deepspeed_config
 
+        set_before = "DS_ACCELERATOR" in os.environ
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its search for one is told on the terminal
         try:
             deepspeed_config(config, min(world_size, micros))
         except MillstreamError as error:
             report.refuse(part, error, "zero.extra")
+        finally:
+            if not set_before:
+                del os.environ["DS_ACCELERATOR"]  # the real step looks for itself
     for key in (key for key, value in config.zero.extra.items() if value == "auto"):
         message = f"`{key}: auto` means nothing to DeepSpeed by itself: its default is taken"
         report.add("warning", part, f"zero.extra.{key}", message, "leave it out, or give a number")
