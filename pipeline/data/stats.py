@@ -22,7 +22,7 @@ from pipeline.data import contents
 from pipeline.data.index import Index, open_index
 from pipeline.data.reader import Dataset
 from pipeline.data.segment import BY_VALUE, Segment
-from pipeline.data.storage import beside
+from pipeline.data.storage import Storage, beside
 from pipeline.errors import DataError
 from pipeline.object_store import StoreError
 
@@ -102,14 +102,16 @@ class Stats:
 Progress = Callable[[str, int, int], None]
 
 
-def stats(folder: Path | str, looked: int = 2000, progress: Progress = lambda stage, done, total: None) -> Stats:
+def stats(
+    folder: Path | str | Storage, looked: int = 2000, progress: Progress = lambda stage, done, total: None
+) -> Stats:
     """Count an indexed folder, and look into `looked` of its samples. Raises DataError as open_index does."""
     index = open_index(folder)
     fields, classes, counted = _count(index, progress)
     records = index.shards.records
     names = beside(index.storage, "classes.json")
     return Stats(
-        folder=str(folder),
+        folder=index.place,
         identity=index.identity,
         samples=index.samples,
         bytes=index.bytes,

@@ -20,8 +20,9 @@ import numpy as np
 from pipeline import task_file
 from pipeline.config import Config
 from pipeline.data.decode import load_decoders
-from pipeline.data.reader import Dataset, Sample, open_dataset
+from pipeline.data.reader import Dataset, Sample
 from pipeline.data.stats import stats
+from pipeline.data.stream import open_set
 from pipeline.doctor.findings import Report
 from pipeline.errors import ConfigError, DataError, MillstreamError
 
@@ -30,6 +31,7 @@ SECONDS = 2.0  # that this may take, for each set
 ODD = 8  # samples that lack a field which others have, looked into besides
 SHOWN = 3  # bad samples that are told of
 MANY_EPOCHS = 1000
+COUNTED = 1_000_000  # samples of a set that is here: up to so many, a start may wait for their classes
 PART = "data"
 
 
@@ -40,7 +42,7 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
     """
     task = _task(config, report) if reading else None
     try:
-        decoders = load_decoders(config.data.decoders)
+        load_decoders(config.data.decoders)
     except ConfigError as error:
         report.refuse(PART, error, "data.decoders")
         return []
@@ -49,13 +51,14 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
     with ExitStack() as stack:
         for place, folder in places(config):
             try:
-                dataset = open_dataset(folder, config.data.check_digests, decoders)
+                dataset = open_set(config, folder)
             except DataError as error:
                 report.refuse(PART, error, place)
                 continue
             stack.callback(dataset.close)
             training = not place.startswith("data.evaluate")
-            _contents(config, report, place, dataset)
+            if reading or (dataset.remote is None and len(dataset) <= COUNTED):
+                _contents(config, report, place, dataset)
             if dataset.identity in identities and not training:
                 message = f"is what {identities[dataset.identity]} is trained on: the same samples, so it tells nothing"
                 report.add("warning", PART, place, message, "hold samples out: `millstream data pack --holdout 0.1`")
@@ -72,8 +75,8 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
     return prepared[: config.micro_batch_size]
 
 
-def places(config: Config) -> Iterator[tuple[str, Path]]:
-    """(key, folder) of every data set."""
+def places(config: Config) -> Iterator[tuple[str, Path | str]]:
+    """(key, folder or URL) of every data set."""
     for name, source in config.data.train.items():
         yield ("data.train" if [*config.data.train] == ["train"] else f"data.train.{name}"), source.folder
     for name, folder in config.data.evaluate.items():
@@ -98,13 +101,13 @@ def _rng(config: Config, task: Any, training: bool) -> np.random.Generator | Non
 
 def _contents(config: Config, report: Report, place: str, dataset: Dataset) -> None:
     """Classes over all samples, from the index, against those of the task."""
-    path = dataset.index.folder / "shards.idx"
-    if path.stat().st_mtime > time.time() + 60:
+    path = Path(dataset.index.place) / "shards.idx"
+    if dataset.remote is None and path.stat().st_mtime > time.time() + 60:
         message = f"{path} is of the future by this machine's clock: one of the two is wrong"
         report.add("warning", "clock", place, message, "set the clock (NTP); times in journal and W&B follow it")
     classes = getattr(config.task, "classes", None)
     try:
-        counted = stats(dataset.index.folder, looked=0)
+        counted = stats(dataset.index.storage, looked=0)
     except DataError as error:
         report.refuse(PART, error, place)
         return
