@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 TOY: dict[str, list[str]] = {
     "image_classification": ["task.model={embedding_size: 4, hidden_sizes: [4, 4], depths: [1, 1], layer_type: basic}"],
+    "audio_classification": ["task.model={width: 4, layers: 1}", "task.mels=10"],
     "language_modeling": [
         "task.length=16",
         "task.model={hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2,"
@@ -29,6 +30,7 @@ def two_steps(world: World, names: list[str], work: Path) -> dict[str, list[dict
     """The records of two steps of each configuration, on small data of the right kind."""
     made = {
         "image_classification": small_data.images(work / "images", size=28),
+        "audio_classification": small_data.sounds(work / "sounds"),
         "language_modeling": small_data.rows(work / "rows"),
     }
     found: dict[str, list[dict[str, Any]]] = {}
