@@ -1,4 +1,4 @@
-"""`millstream checkpoint export`: a checkpoint as a folder that transformers opens."""
+"""`millstream checkpoint export`: a checkpoint as a folder that transformers or diffusers opens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def export(
     ema: Annotated[bool, typer.Option("--ema", help="The running averages of the weights instead.")] = False,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of one file of weights.")] = "5GB",
 ) -> None:
-    """Write the weights of a checkpoint into a folder that transformers' `from_pretrained` opens.
+    """Write the weights of a checkpoint into a folder that `from_pretrained` of transformers or diffusers opens.
 
     Any ZeRO stage, any number of workers. Every byte is compared with its sha256; the folder appears whole or not.
     """
@@ -55,4 +55,4 @@ def export(
     )
     for note in done.notes:
         terminal.warn(note)
-    terminal.say(f"open it: transformers.{done.opener}.from_pretrained({str(done.folder)!r})")
+    terminal.say(f"open it: {done.library}.{done.opener}.from_pretrained({str(done.folder)!r})")

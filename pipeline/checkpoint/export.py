@@ -1,4 +1,4 @@
-"""A checkpoint -> a folder that transformers' `from_pretrained` opens.
+"""A checkpoint -> a folder that the `from_pretrained` of transformers, or diffusers, opens.
 
     manifest -> export_plan: which tensor goes where -> rank files, once from end to end -> settings -> one rename
 
@@ -6,7 +6,7 @@ Every rank file is read once, in its own order: each piece goes into the file's 
 its place in an output file of known size. So memory is a few pieces per thread, whatever the sizes of tensors, ranks
 and shards, and no value counts before the digest of its file has been compared. Nothing is there until all of it is.
 No process group and no DeepSpeed. What it gives up: the optimizer's state is read too, as digests are of whole files;
-networks that are not transformers' own are refused.
+networks that are neither's own are refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ WATCH_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `opener`: the class of transformers that opens it; `notes`: a line for each thing to know."""
+    """What was written. `files`: bytes by name; `opener`: the class of `library` that opens it; `notes`: a line for
+    each thing to know.
+    """
 
     folder: Path
     checkpoint: Path
@@ -52,6 +54,7 @@ class Exported:
     dtype: str
     files: dict[str, int]
     tensors: int
+    library: str
     opener: str
     notes: list[str]
 
@@ -69,13 +72,13 @@ def export(
 
     Values are the fp32 masters (`ema`: their running averages) rounded once to `dtype`; what is not trained is rounded
     from what it is. `progress` is given bytes. Raises CheckpointError, with nothing left behind, when `folder` is
-    there, a byte of the checkpoint is not as written, or its network is not one that transformers can open.
+    there, a byte of the checkpoint is not as written, or its network is not one that transformers or
+    diffusers can open.
     """
     path, manifest = _open(source)
     if folder.exists():
         raise CheckpointError(f"{folder} is there already; name a new folder, or remove this one. Nothing was written.")
     plan = make_plan(path, manifest, getattr(torch, dtype), "ema" if ema else "master", shard_bytes)
-    opener = exported.opener(plan.module)
     staging = folder.absolute().parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     try:
         with _explained(folder, plan.bytes):
@@ -84,17 +87,19 @@ def export(
                 raise OSError(errno.ENOSPC, "too little space")
             disk.make_folder(staging)
             _write_tensors(path, manifest, plan, staging, progress)
-            notes = model_card.write_beside(plan, path, manifest, staging, folder, opener)
-            files = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
-            for name in files:
-                disk.sync(staging / name)
-            disk.sync(staging)
+            opener, notes = model_card.write_beside(plan, path, manifest, staging, folder)
+            written = sorted(staging.rglob("*"))
+            sizes = {each: each.stat().st_size for each in written if each.is_file()}
+            for each in (*written, staging):
+                disk.sync(each)
             disk.rename(staging, folder)
             disk.sync(staging.parent)
     except BaseException:  # Ctrl-C too
         disk.discard(staging)
         raise
-    return Exported(folder, path, manifest.step, dtype, files, len(plan.outputs), opener, notes)
+    files = {each.relative_to(staging).as_posix(): size for each, size in sizes.items()}
+    library = exported.library(plan.module)
+    return Exported(folder, path, manifest.step, dtype, files, len(plan.outputs), library, opener, notes)
 
 
 def _open(source: Path) -> tuple[Path, Manifest]:
@@ -125,6 +130,7 @@ def _write_tensors(path: Path, manifest: Manifest, plan: Plan, staging: Path, pr
     with ExitStack() as stack:
         outputs: dict[str, BinaryIO] = {}
         for file, (head, size) in plan.files.items():
+            (staging / file).parent.mkdir(exist_ok=True)
             outputs[file] = stack.enter_context((staging / file).open("xb"))
             outputs[file].write(head)
             outputs[file].truncate(size)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,21 +76,24 @@ class Plan:
 
     @property
     def index(self) -> dict[str, Any] | None:
-        """What transformers wants to know when there are several files."""
+        """What the library wants to know when there are several files."""
         if len(self.files) == 1:
             return None
         total = sum(prod(output.shape) * output.dtype.itemsize for output in self.outputs)
-        return {"metadata": {"total_size": total}, "weight_map": {each.name: each.file for each in self.outputs}}
+        places = {each.name: PurePosixPath(each.file).name for each in self.outputs}  # beside the index
+        return {"metadata": {"total_size": total}, "weight_map": places}
 
 
 def make_plan(path: Path, manifest: Manifest, dtype: torch.dtype, state: State, shard_bytes: int) -> Plan:
     """The plan for the checkpoint in `path`, in files of at most `shard_bytes` where no single tensor is larger.
 
-    Raises CheckpointError when the network is not transformers' own, or the checkpoint has not all of its state.
+    Raises CheckpointError when the network is neither transformers' nor diffusers' own, or the checkpoint has not all
+    of its state.
     """
     if not manifest.network:
         raise CheckpointError(
-            f"not exported: the network in {path} is not one of transformers, so `from_pretrained` could not open it. "
+            f"not exported: the network in {path} is one of neither transformers nor diffusers, so no "
+            "`from_pretrained` could open it. "
             "Its tensors are plain safetensors: read them with the fragments that manifest.json lists."
         )
     try:
@@ -99,7 +102,7 @@ def make_plan(path: Path, manifest: Manifest, dtype: torch.dtype, state: State, 
         raise CheckpointError(f"not exported: the network in {path} cannot be built here: {error}") from error
     tensors = _tensors(path, manifest, module, dtype, state)
     plan = Plan(module, dtype, state)
-    for file, members in _shards(tensors, shard_bytes).items():
+    for file, members in _shards(tensors, shard_bytes, exported.weights_name(module)).items():
         head, places = tensor_file.header({each.name: (each.dtype, each.shape) for each in members})
         plan.files[file] = head, max((place.end for place in places.values()), default=len(head))
         plan.outputs.extend(
@@ -110,7 +113,7 @@ def make_plan(path: Path, manifest: Manifest, dtype: torch.dtype, state: State, 
 
 
 def _tensors(path: Path, manifest: Manifest, module: nn.Module, dtype: torch.dtype, state: State) -> list[_Tensor]:
-    """Every tensor that transformers expects; raises CheckpointError when they are not those of the checkpoint."""
+    """Every tensor that the library expects; raises CheckpointError when they are not those of the checkpoint."""
     has: dict[str, set[str]] = defaultdict(set)
     for place in manifest.fragments:
         has[place.parameter].add(place.key)
@@ -142,13 +145,14 @@ def _tensors(path: Path, manifest: Manifest, module: nn.Module, dtype: torch.dty
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"not exported: {path} is not the {type(module).__name__} that transformers builds, which would open as "
-            f"another network (were its layers exchanged, as `task.norm: group` does?): {'; '.join(wrong[:3])}{more}"
+            f"not exported: {path} is not the {type(module).__name__} that {exported.library(module)} builds, which "
+            "would open as another network (were its layers exchanged, as `task.norm: group` does?): "
+            f"{'; '.join(wrong[:3])}{more}"
         )
     return found
 
 
-def _shards(tensors: list[_Tensor], shard_bytes: int) -> dict[str, list[_Tensor]]:
+def _shards(tensors: list[_Tensor], shard_bytes: int, stem: str) -> dict[str, list[_Tensor]]:
     """The tensors of each file, in order; a file is full when the next tensor would not fit."""
     shards: list[list[_Tensor]] = [[]]
     size = 0
@@ -160,8 +164,8 @@ def _shards(tensors: list[_Tensor], shard_bytes: int) -> dict[str, list[_Tensor]
         shards[-1].append(each)
         size += nbytes
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def _find_fragments(manifest: Manifest, plan: Plan, tensors: list[_Tensor]) -> None:

@@ -61,7 +61,7 @@ class Manifest:
     scalars: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
-    """The network's config.json where it is one of transformers, with the name of its class in "architectures"."""
+    """The network's config.json where it is one of transformers or diffusers, with the name of its class."""
     versions: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     """Threads, processor flags and whatever else ends bitwise equality when it differs on resume."""

@@ -1,4 +1,4 @@
-"""What stands beside the weights in an exported folder: settings for transformers, and a page of where it is from.
+"""What stands beside the weights in an exported folder: settings for its library, and a page of where it is from.
 
 The network's own settings come from the network, those of its input (tokenizer, image processor) from the task. What it
 gives up: a task that cannot be loaded here costs its files, not the export; a note says so.
@@ -19,17 +19,16 @@ from pipeline.checkpoint.manifest import Manifest
 from pipeline.errors import MillstreamError
 from pipeline.models import exported
 
-INDEX = "model.safetensors.index.json"
 PAGE = """\
 ---
-library_name: transformers
+library_name: {library}
 tags: [millstream]
 ---
 
 # {run}, after {step:,} steps
 
-    from transformers import {opener}
-    model = {opener}.from_pretrained("{folder}")
+    from {library} import {opener}
+    {model} = {opener}.from_pretrained("{folder}")
 
 | | |
 |---|---|
@@ -44,18 +43,25 @@ tags: [millstream]
 """
 
 
-def write_beside(plan: Plan, path: Path, manifest: Manifest, staging: Path, folder: Path, opener: str) -> list[str]:
-    """Write all but the tensors of an export of the checkpoint `path` into `staging`; a line for what is left out."""
+def write_beside(plan: Plan, path: Path, manifest: Manifest, staging: Path, folder: Path) -> tuple[str, list[str]]:
+    """Write all but the tensors of an export of the checkpoint `path` into `staging`.
+
+    Returns the class that opens it, and a line for what is left out.
+    """
     dtype = str(plan.dtype).removeprefix("torch.")
     if plan.index is not None:
-        (staging / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n", encoding="utf-8")
+        index = staging / f"{exported.weights_name(plan.module)}.safetensors.index.json"
+        index.write_text(json.dumps(plan.index, indent=2) + "\n", encoding="utf-8")
     exported.write_settings(plan.module, staging, dtype)
     notes = _write_task_settings(manifest, staging)
+    opener = exported.opener(plan.module, staging)
     configuration = json.dumps(manifest.config, sort_keys=True).encode()
     page = PAGE.format(
         run=manifest.config.get("name", "a run"),
         step=manifest.step,
+        library=exported.library(plan.module),
         opener=opener,
+        model="pipeline" if opener.endswith("Pipeline") else "model",
         folder=folder.name,
         network=type(plan.module).__name__,
         parameters=sum(parameter.numel() for parameter in plan.module.parameters()),
@@ -72,7 +78,7 @@ def write_beside(plan: Plan, path: Path, manifest: Manifest, staging: Path, fold
         versions=", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     )
     (staging / "README.md").write_text(page, encoding="utf-8")
-    return notes
+    return opener, notes
 
 
 def _write_task_settings(manifest: Manifest, staging: Path) -> list[str]:

@@ -1,11 +1,13 @@
-"""What transformers expects in a folder that `from_pretrained` opens: which tensors under which names, and settings.
+"""What transformers or diffusers expect in a folder that `from_pretrained` opens: tensors, their names, and settings.
 
     description (kept in a checkpoint) -> rebuild: the network without its weights -> stored: names in the folder
                                                                                    -> write_settings: config.json
 
-A description is the network's config.json. The names are those that transformers' own `save_pretrained` would give:
-tied weights once, and for some architectures other names than in the module. What it gives up: where `save_pretrained`
-would also split tensors (the experts of a mixture), they stay as the module has them; transformers opens both.
+A description is the network's config.json. The names are those that the library's own `save_pretrained` would give:
+for transformers tied weights once, and for some architectures other names than in the module. A network of diffusers is
+one part of a pipeline, in a folder of its own (`unet`, as its pipelines of pixels call it); a task that knows the
+scheduler adds it and model_index.json. What it gives up: where `save_pretrained` would also split tensors (the experts
+of a mixture), they stay as the module has them; transformers opens both.
 """
 
 from __future__ import annotations
@@ -21,9 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+PIPELINE = "model_index.json"  # what makes a folder a pipeline of diffusers
+PART = "unet"  # folder and name of the network in it
+
+
 def describe(module: nn.Module) -> dict[str, Any]:
-    """The config.json of a network of transformers; {} of any other module."""
+    """The config.json of a network of transformers or diffusers; {} of any other module."""
     config: Any = getattr(module, "config", None)
+    if library(module) == "diffusers" and hasattr(module, "to_json_string"):
+        return json.loads(module.to_json_string())  # type: ignore[operator]
     if not hasattr(config, "to_json_string") or not hasattr(module, "all_tied_weights_keys"):
         return {}
     return json.loads(config.to_json_string(use_diff=False)) | {"architectures": [type(module).__name__]}
@@ -32,9 +40,18 @@ def describe(module: nn.Module) -> dict[str, Any]:
 def rebuild(description: Mapping[str, Any]) -> nn.Module:
     """The network that was described: parameters on the meta device, buffers as they are before training.
 
-    Raises ValueError when the installed transformers has no such class or it refuses the description.
+    Raises ValueError when the installed library has no such class or it refuses the description.
     """
     import torch
+
+    if "_class_name" in description:
+        import diffusers
+
+        cls = getattr(diffusers, description["_class_name"], None)
+        if cls is None:
+            raise ValueError(f"diffusers {diffusers.__version__} has no {description['_class_name']}")
+        with torch.device("meta"):  # its buffers are tables that follow from the description, and are not stored
+            return cls.from_config(dict(description))
     import transformers
 
     from pipeline.models import pretrained
@@ -52,6 +69,8 @@ def rebuild(description: Mapping[str, Any]) -> nn.Module:
 
 def stored(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Name in the folder -> (name in the module, tensor), each tensor once, in the module's order."""
+    if library(module) == "diffusers":
+        return {name: (name, tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
     from transformers.core_model_loading import revert_weight_conversion
 
     tied, ignored = module.all_tied_weights_keys, module._keys_to_ignore_on_save or ()
@@ -66,6 +85,9 @@ def stored(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
 
 def write_settings(module: nn.Module, folder: Path, dtype: str) -> None:
     """config.json, and generation_config.json where the network can generate."""
+    if library(module) == "diffusers":
+        module.save_config(folder / PART)  # type: ignore[operator]
+        return
     from transformers import GenerationConfig
 
     config: Any = module.config
@@ -78,9 +100,23 @@ def write_settings(module: nn.Module, folder: Path, dtype: str) -> None:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
-def opener(module: nn.Module) -> str:
-    """The class of transformers to open the folder with."""
+def library(module: nn.Module) -> str:
+    """The package whose class it is: "transformers", "diffusers", or any other."""
+    return type(module).__module__.partition(".")[0]
+
+
+def weights_name(module: nn.Module) -> str:
+    """Where the weights lie in the folder, without the extension and the number of a part."""
+    return f"{PART}/diffusion_pytorch_model" if library(module) == "diffusers" else "model"
+
+
+def opener(module: nn.Module, folder: Path) -> str:
+    """The class of its library to open the folder with, once all but the tensors has been written into it."""
     name = type(module).__name__
+    if library(module) == "diffusers":
+        if not (folder / PIPELINE).is_file():
+            return name
+        return json.loads((folder / PIPELINE).read_text(encoding="utf-8"))["_class_name"]
     for head in architectures.HEADS:
         if name in architectures.model_names(head).values():
             return architectures.auto_class(head).__name__
