@@ -1,8 +1,10 @@
-"""The two runs that are measured and checked: a ResNet on JPEG images, a Llama on packed tokens; toy, small and large.
+"""The runs that are measured and checked: a ResNet on JPEG images, a Llama on packed tokens; toy, small and large.
+
+What a resume changes is also checked for an LSTM on tones and a U-Net of diffusion on the images; these are toys only.
 
     write(folder, "convnet", "small") -> raw files -> the project's own packer -> shards and a configuration beside them
 
-The images are drawn at random and the text is that of a few packages of Python's own library, so nothing is fetched.
+Images and sounds are drawn at random and the text is of a few packages of Python's own library: nothing is fetched.
 What it gives up: the data set fits into the page cache, so a slow disk is not measured.
 """
 
@@ -14,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import yaml
 from PIL import Image
 
-from pipeline.data.pack import pack_images, pack_text
+from pipeline.data.pack import pack, pack_images, pack_text
 from pipeline.data.text import Text
 from pipeline.data.writer import Packing
 
 CASES = ("convnet", "language")
+RESUMED = (*CASES, "audio", "diffusion")  # what resume_matrix.py has
 SIZES = ("toy", "small", "large")
 CLASSES = 8
 QUALITY = 90  # of the JPEGs
@@ -90,13 +94,31 @@ LANGUAGES: dict[str, dict[str, Any]] = {
         "batch": (32, 16),
     },
 }
+AUDIO: dict[str, Any] = {"seconds": 0.2, "mels": 20, "stack": 2, "model": {"width": 16, "layers": 2, "dropout": 0.1}}
+DIFFUSION: dict[str, Any] = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
 
 
 def write(folder: Path, case: str, size: str, **changes: Any) -> Path:
     """Pack the data of `case` below `folder`; returns its configuration's path. `changes` replace top-level keys."""
-    settings = (CONVNETS if case == "convnet" else LANGUAGES)[size]
+    settings = (LANGUAGES if case == "language" else CONVNETS)[size if case in CASES else "toy"]
     data = folder / f"{case}-data"
-    task = _images(folder, data, settings) if case == "convnet" else _text(folder, data, settings, PACKAGES[size])
+    match case:
+        case "language":
+            task = _text(folder, data, settings, PACKAGES[size])
+        case "audio":
+            task = _sounds(folder, data)
+        case "diffusion":
+            _images(folder, data, settings)
+            task = {"name": "diffusion", "classes": CLASSES, "image_size": settings["image_size"], "model": DIFFUSION}
+        case _:
+            task = _images(folder, data, settings)
     global_batch, micro_batch = settings["batch"]
     values: dict[str, Any] = {
         "name": case,
@@ -136,6 +158,26 @@ def _images(folder: Path, data: Path, settings: dict[str, Any]) -> dict[str, Any
         "model": settings["model"],
         "crop": max(1, size // 16),
         "flip": True,
+    }
+
+
+def _sounds(folder: Path, data: Path) -> dict[str, Any]:
+    """Tones of 0.1 to 0.3 seconds, one pitch per class, in noise, as wavs in class folders: the `task` section."""
+    rng, raw, rate = np.random.default_rng(0), folder / "sounds", 8000
+    for number in range(48):
+        label, time = number % CLASSES, np.arange(int(rng.integers(rate // 10, rate * 3 // 10))) / rate
+        wave = 0.3 * np.sin(2 * np.pi * 200 * 1.4**label * time) + rng.normal(0, 0.05, len(time))
+        path = raw / f"class-{label}" / f"{number:05d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, wave, rate, subtype="PCM_16")
+    pack(raw, data, Packing(), kind="audio")
+    shutil.rmtree(raw)
+    return {
+        "name": "audio_classification",
+        "classes": CLASSES,
+        "rate": rate,
+        "masks": {"bands": 1, "band_width": 4, "frames": 1, "frame_width": 4},
+        **AUDIO,
     }
 
 

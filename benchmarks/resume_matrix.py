@@ -1,7 +1,9 @@
-"""What a resume changes: every ZeRO stage, from 1 to 4 workers to 1 to 4 workers, two families, two precisions.
+"""What a resume changes: every ZeRO stage, from 1 to 4 workers to 1 to 4 workers, four families, two precisions.
 
     convnet     a ResNet with batch norm and ReLU, SGD with momentum
     language    a Llama, AdamW with two groups (matrices are decayed, norms are not)
+    audio       an LSTM on clips of unequal lengths, with dropout and masks drawn by sample
+    diffusion   a U-Net that is told the class; noise, time steps and dropped classes are drawn by micro batch
 
 Each run trains 24 steps without a break and keeps its checkpoint of step 4. From there it is gone on with, at the same
 stage, with each number of workers, and losses of the 20 steps are compared; samples and learning rates must be equal,
@@ -37,9 +39,12 @@ if TYPE_CHECKING:
 SAVED_AT, END = 4, 24
 WORKERS = (1, 2, 3, 4)
 DTYPES = ("fp32", "bf16")
+ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "schedule": {"warmup": 2}}
 OPTIMIZERS = {
     "convnet": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "schedule": {"warmup": 2}},
-    "language": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "schedule": {"warmup": 2}},
+    "language": ADAMW,
+    "audio": ADAMW,
+    "diffusion": ADAMW,
 }
 
 
@@ -198,14 +203,14 @@ def as_promised(cells: dict[tuple[Row, int], Cell]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare runs that went on with runs without a break")
-    parser.add_argument("--case", choices=cases.CASES, action="append", help="instead of both; may be repeated")
+    parser.add_argument("--case", choices=cases.RESUMED, action="append", help="instead of all; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="instead of both; may be repeated")
     parser.add_argument("--stage", type=int, choices=range(4), action="append", help="of ZeRO; may be repeated")
     parser.add_argument("--from", dest="saves", type=int, choices=WORKERS, action="append", help="workers that save")
     parser.add_argument("--to", dest="goes_on", type=int, choices=WORKERS, action="append", help="that go on")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results/resume-matrix-<date>.md")
     plan = parser.parse_args()
-    plan.case, plan.dtype = plan.case or list(cases.CASES), plan.dtype or list(DTYPES)
+    plan.case, plan.dtype = plan.case or list(cases.RESUMED), plan.dtype or list(DTYPES)
     plan.stage, plan.saves, plan.goes_on = plan.stage or range(4), plan.saves or WORKERS, plan.goes_on or WORKERS
     os.environ["OMP_NUM_THREADS"] = "1"
     load = os.getloadavg()[0]

@@ -21,6 +21,12 @@ TOY: dict[str, list[str]] = {
     "mnist.yaml": [
         "task.model={hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 7}"
     ],
+    "diffusion": [
+        "task.image_size=8",
+        "task.model={block_out_channels: [4, 8], down_block_types: [DownBlock2D, AttnDownBlock2D],"
+        " up_block_types: [AttnUpBlock2D, UpBlock2D], layers_per_block: 1, norm_num_groups: 2, attention_head_dim: 4}",
+        "task.sampling_steps=2",
+    ],
     "language_modeling": [
         "task.length=16",
         "task.model={hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2,"
@@ -39,6 +45,7 @@ def two_steps(world: World, names: list[str], work: Path) -> dict[str, list[dict
     made = {
         "image_classification": small_data.images(work / "images", count=256, size=28),
         "audio_classification": small_data.sounds(work / "sounds"),
+        "diffusion": small_data.images(work / "small images", size=8),
         "language_modeling": small_data.rows(work / "rows"),
     }
     found: dict[str, list[dict[str, Any]]] = {}
