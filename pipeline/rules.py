@@ -105,8 +105,7 @@ def _lanes(known: Known) -> list[Problem]:
 def _cache(known: Known) -> list[Problem]:
     """What one worker reads from at a time must fit; what all of a node do is seen when they have begun."""
     sources = known["data.train"].values()  # as sections, or as plain values
-    places = [source["folder"] if isinstance(source, dict) else source.folder for source in sources]
-    if not any("://" in str(place) for place in places):
+    if not any("://" in str(source["folder"] if isinstance(source, dict) else source.folder) for source in sources):
         return []
     size, blocks, block = known["data.cache_bytes"], known["data.shuffle_blocks"], known["data.block_bytes"] or 4 << 20
     lanes = known["data.lanes"] or max(1, known["global_batch_size"] // known["micro_batch_size"])

@@ -51,14 +51,15 @@ def two_steps(world: World, names: list[str], work: Path) -> dict[str, list[dict
     found: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         path = ROOT / "configs" / name
-        section: Any = configs.load_resolved(path).task
+        shipped: Any = configs.load_resolved(path)
+        section, decays = shipped.task, shipped.optim.schedule.decay
         task, data = section.name, made[section.name]
         toy = [
             *(TOY.get(name) or TOY.get(getattr(section, "architecture", None) or "") or TOY[task]),
             f"data.train={data}",
             f"data.evaluate={{test: {data}}}",
             "steps=2",
-            "optim.schedule.warmup=1",
+            f"optim.schedule={{name: {shipped.optim.schedule.name}, warmup: 1{', decay: 1' if decays else ''}}}",
         ]
         if task == "language_modeling":
             toy.append(f"task.tokenizer={data}/tokenizer.json")
