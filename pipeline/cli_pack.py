@@ -62,6 +62,7 @@ WorkersOption = Annotated[
 AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster whose machines read instead; all see the same folders.")
 ]
+OriginOption = Annotated[str | None, typer.Option(help="Where the source comes from, in words; kept in card.json.")]
 LicenceOption = Annotated[str | None, typer.Option(help="Of the source; kept in card.json.")]
 FieldOption = Annotated[
     list[str] | None,
@@ -73,6 +74,14 @@ FieldOption = Annotated[
     ),
 ]
 KeyOption = Annotated[str | None, typer.Option(rich_help_panel="Tables", help="Column of the keys; else numbers.")]
+TogetherOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel="Tables",
+        metavar="COLUMN",
+        help="Hold out rows of equal value together, or none of them, such as all of a speaker.",
+    ),
+]
 FilesOption = Annotated[
     Path | None,
     typer.Option(resolve_path=True, rich_help_panel="Tables", help="Folder of paths in columns; else the table's own."),
@@ -129,9 +138,11 @@ def pack(
     threads: ThreadsOption = CORES,
     workers: WorkersOption = 0,
     address: AddressOption = None,
+    origin: OriginOption = None,
     licence: LicenceOption = None,
     field: FieldOption = None,
     key: KeyOption = None,
+    together: TogetherOption = None,
     files: FilesOption = None,
     only: OnlyOption = None,
     leave_out: LeaveOutOption = None,
@@ -155,12 +166,12 @@ def pack(
     from pipeline.data import pack as packer
 
     command = shlex.join(["millstream", *sys.argv[1:]])
-    packing = packer.Packing(holdout, seed, shuffle, round(shard_mb * 1e6), 4, threads, licence, command)
+    packing = packer.Packing(holdout, seed, shuffle, round(shard_mb * 1e6), 4, threads, licence, origin, command)
     arrays = packer.Arrays(shape=_shape(shape), label=label.value, labels=labels, scale=scale)
     patterns, excluded = tuple(pattern or packer.PATTERNS), tuple(exclude or ())
     text = packer.Text(length, vocabulary, tokenizer, patterns=patterns, exclude=excluded)
     chats = packer.Chats(length, tokenizer, template)
-    columns = packer.Columns(tuple(map(_member, field or ())), key, files)
+    columns = packer.Columns(tuple(map(_member, field or ())), key, together, files)
     chosen = _chosen(only, leave_out, prefix_keys)
     asked = (
         kind.value

@@ -40,12 +40,13 @@ class Columns:
     """How a row becomes a sample.
 
     members: (member, column) pairs, none: all columns, by their values.  key: the column of keys, None: rows are
-    numbered.  folder: what paths are relative to, None: the table's own.  words: of the column of classes, if it has
-    words: their places are the numbers.
+    numbered.  together: the column whose equal values are held out together.  folder: what paths are relative to, None:
+    the table's own.  words: of the column of classes, if it has words: their places are the numbers.
     """
 
     members: tuple[tuple[str, str], ...] = ()
     key: str | None = None
+    together: str | None = None
     folder: Path | None = None
     words: Mapping[str, int] = field(default_factory=dict)
 
@@ -54,7 +55,8 @@ class Columns:
         """The columns that are read; None: all."""
         if not self.members:
             return None
-        return list(dict.fromkeys([*([self.key] if self.key else []), *(column for _, column in self.members)]))
+        columns = (self.key, self.together, *(column for _, column in self.members))
+        return list(dict.fromkeys(column for column in columns if column))
 
     def class_column(self, names: Collection[str]) -> str | None:
         """The column of classes among those that there are."""
@@ -64,7 +66,9 @@ class Columns:
 
     def check(self, names: Sequence[str], place: str) -> None:
         """Raises DataError naming columns that are wanted and not there."""
-        for column in (column for column in (self.key, *(self.wanted or ())) if column and column not in names):
+        for column in (
+            column for column in (self.key, self.together, *(self.wanted or ())) if column and column not in names
+        ):
             raise DataError(f"{place}: {missing(column, names)}")
 
 

@@ -79,7 +79,7 @@ def table_source(place: Path, columns: Columns, progress: Progress = silent) -> 
         place=place,
         units=grouped(pieces, sizes),
         read=partial(_read, columns),
-        seen=fingerprint(files, ["table", columns.members, columns.key, columns.folder]),
+        seen=fingerprint(files, ["table", columns.members, columns.key, columns.together, columns.folder]),
         what="rows",
         twins="give a column whose values are all different as the key, or none, and rows are numbered",
         classes=names or None,
@@ -126,11 +126,12 @@ def _read(columns: Columns, pieces: Sequence[Piece]) -> Iterator[Item | Bad]:
                     key = (
                         f"{piece.key}/{number:09d}" if columns.key is None else _key(row.get(columns.key), columns.key)
                     )
+                    name = "" if columns.together is None else _group(row.get(columns.together), columns.together)
                 except DataError as error:
                     yield Bad(where, str(error))
                 else:
                     label = int(fields["cls"]) if "cls" in fields else -1
-                    yield Item(key, fields, label=label)
+                    yield Item(key, fields, name, label)
         except DataError as error:
             yield Bad(str(piece.path), str(error))
 
@@ -143,6 +144,12 @@ def _key(value: Any, column: str) -> str:
             "do not begin with / or __, and are not empty"
         )
     return key
+
+
+def _group(value: Any, column: str) -> str:
+    if value is None or value == "":
+        raise DataError(f"column {column} is empty; what is held out together needs a value in every row")
+    return str(value)
 
 
 def _is_number(cell: str) -> bool:

@@ -42,6 +42,7 @@ class Packing:
     min_shards: int = 4  # per split, so that small sets can be read from several places too
     threads: int = 1  # for checking and encoding; changes nothing in the result
     licence: str | None = None  # of the source, kept in the card
+    origin: str | None = None  # of the source, in words for the card; None: its name
     command: str | None = None  # that packs it again, kept in the card
 
 
@@ -75,6 +76,7 @@ def lowest(hashes: np.ndarray, holdout: float, what: str = "samples") -> np.ndar
 
     Exactly round(holdout * n) of them (or `holdout` itself from 1 on): those whose key has the lowest hash. So the
     choice follows from the keys alone, and a sample keeps its side for as long as its neighbours in hash order stay.
+    Samples of one hash (what is kept together) stand on one side, so there may be more of them than asked for.
     """
     n = len(hashes)
     if holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
@@ -84,8 +86,13 @@ def lowest(hashes: np.ndarray, holdout: float, what: str = "samples") -> np.ndar
         raise DataError(f"holdout {holdout:g} takes {count} of {n} {what} and leaves none to train on; hold out fewer")
     if holdout and not count:
         raise DataError(f"holdout {holdout:g} of {n} {what} is none; hold out a number of them, or pack more {what}")
-    mask = np.zeros(n, dtype=bool)
-    mask[np.argsort(hashes, kind="stable")[:count]] = True
+    if not count:
+        return np.zeros(n, dtype=bool)
+    mask = hashes <= np.partition(hashes, count - 1)[count - 1]
+    if mask.all():
+        raise DataError(
+            f"holdout {holdout:g} leaves no {what} to train on: those kept together are too many; hold out fewer"
+        )
     return mask
 
 
@@ -193,7 +200,8 @@ def write_card(folder: Path, kind: str, source: Path, packing: Packing, facts: M
         version = importlib.metadata.version("millstream")
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
-    origin = {"source": source.resolve().name, "licence": packing.licence, "command": packing.command}
+    source_name = packing.origin or source.resolve().name
+    origin = {"source": source_name, "licence": packing.licence, "command": packing.command}
     order = {"holdout": packing.holdout, "seed": packing.seed, "shuffled": packing.shuffle}
     card = {"format": 1, "kind": kind, "split": folder.name, **facts, **origin, **order, "millstream": version}
     write_json(folder / "card.json", card)

@@ -20,7 +20,7 @@ from pipeline.data import index
 from pipeline.data.arrays import Arrays
 from pipeline.data.pack import detect, pack, pack_arrays, pack_images
 from pipeline.data.reader import open_dataset
-from pipeline.data.writer import Packing, held_out, permutation
+from pipeline.data.writer import Packing, held_out, name_hash, permutation
 from pipeline.errors import DataError
 
 
@@ -201,6 +201,22 @@ def test_the_held_out_share_is_exact_and_follows_the_keys(n: int, share: float) 
     assert (mask[::-1] == held_out(keys[::-1], share)).all()
     assert (mask == held_out(keys, wanted)).all()  # a number does the same as a share
     assert (held_out(keys, wanted - 1) <= mask).all() if wanted > 1 else True  # holding out more only adds
+
+
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=80), st.floats(0.02, 0.9))
+def test_what_is_kept_together_stands_on_one_side(groups: list[int], share: float) -> None:
+    names, wanted = [f"g{group}" for group in groups], round(share * len(groups))
+    if not 0 < wanted < len(names):
+        return
+    try:
+        mask = held_out(names, share)
+    except DataError as error:
+        assert "leaves no samples to train on" in str(error)
+        return
+    held = {name for name, out in zip(names, mask) if out}
+    assert not held & {name for name, out in zip(names, mask) if not out}
+    last = max(held, key=name_hash)  # without it there would be too few
+    assert wanted <= mask.sum() < wanted + names.count(last)
 
 
 @pytest.mark.parametrize("holdout", [-0.1, 1.5, 10, 11])

@@ -79,6 +79,14 @@ def test_every_kind_of_file_gives_the_same(folder: Path, monkeypatch: pytest.Mon
     assert all(each == made[0] for each in made[1:])
 
 
+@pytest.mark.parametrize("members", [(), (("txt", "caption"),)])
+def test_rows_of_one_value_are_held_out_together(folder: Path, members: tuple[tuple[str, str], ...]) -> None:
+    columns = Columns(members, key="id", together="label")  # which is in the samples, or not
+    packed = pack(folder / "a.csv", folder / "out", Packing(holdout=5), kind="table", columns=columns)
+    assert packed.samples == {"train": 40, "test": 20}
+    assert len({int(key[1:]) % 3 for key in samples(folder / "out/test")}) == 1
+
+
 def test_without_a_word_every_column_is_taken(tmp_path: Path) -> None:
     raw = image_bytes("PNG", 3)
     rows = [
@@ -160,6 +168,8 @@ CSV = "id,label,n\na,cat,1\nb,dog,x\n"
     ("content", "columns", "message"),
     [
         (CSV, Columns((("cls", "lable"),)), r"no column 'lable'; did you mean 'label'\?"),
+        (CSV, Columns(together="speaker"), "no column 'speaker'. There are: id, label, n"),
+        (CSV + "c,,3\n", Columns((("txt", "id"),), together="label"), "line 4: column label is empty; what is held"),
         (CSV, Columns(key="nothing"), "no column 'nothing'. There are: id, label, n"),
         (CSV, Columns((("cls", "n"),)), None),
         (CSV, Columns((("jpg", "id"),)), r"(?s)2 of 2 rows .* line 2: column id: .*/a cannot be read \(No such file"),
