@@ -173,15 +173,7 @@ def pack(
     chats = packer.Chats(length, tokenizer, template)
     columns = packer.Columns(tuple(map(_member, field or ())), key, together, files)
     chosen = _chosen(only, leave_out, prefix_keys)
-    asked = (
-        kind.value
-        if kind is not Kind.auto
-        else "table"
-        if field
-        else "tars"
-        if only or leave_out or prefix_keys
-        else None
-    )
+    asked = _kind(kind, bool(field), bool(only or leave_out or prefix_keys))
     packed_by = partial(packer.pack, source, out, packing, kind=asked, arrays=arrays, text=text, chats=chats)
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
@@ -189,6 +181,15 @@ def pack(
         mapping = stack.enter_context(cli_data.mapping(workers, address)) if workers or address else None
         packed = packed_by(columns=columns, chosen=chosen, mapping=mapping, progress=progress)
     _say_packed(packed)
+
+
+def _kind(kind: Kind, fields: bool, chosen: bool) -> str | None:
+    """What the source is taken for: as asked, or as only one kind has such options; None: to be found out."""
+    if kind is not Kind.auto:
+        return kind.value
+    if fields:
+        return "table"
+    return "tars" if chosen else None
 
 
 def _say_packed(packed: Packed) -> None:

@@ -98,13 +98,8 @@ class Loader:
         steps = (step for step in steps if not skipped.window(step))
         plans = (partial(planned.rows, step, j) for step in steps for j in self._own)
         depth = max(prefetch, len(self._own))
-        again = partial(
-            _again,
-            order,
-            start_step,
-            len(self._own),
-            _lanes(order, micro_batch_size, here or [rank], micro_batches, world_size),
-        )
+        lanes = _lanes(order, micro_batch_size, here or [rank], micro_batches, world_size)
+        again = partial(_again, order, start_step, len(self._own), lanes)
         self._ahead = ahead.start(
             fill, plans, threads=threads, processes=processes, depth=depth, substitutes=substitutes, again=again
         )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.fill import Fill
 from pipeline.data.loader import Loader, evaluation_batches
+from pipeline.data.mixture import Mixture
 from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.errors import ConfigError, DataError
 from tests.data.small_loader import SAMPLES, content, gathered, kept, loader, noisy, order, plain, write
@@ -104,19 +105,21 @@ def test_random_numbers_belong_to_sample_and_epoch(dataset: Dataset) -> None:
     assert not set(noise(seed=6).values()) & set(alone.values())
 
 
-def test_work_is_done_off_the_main_thread(dataset: Dataset) -> None:
+def test_work_is_done_off_the_main_thread(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: set[str] = set()
+    plan = Mixture.plan
 
-    class Watched:
-        def plan(self, steps: range, own: range, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            threads.add(threading.current_thread().name)
-            return order(2, 2).plan(steps, own, micro_batch)
+    def watched(self: Mixture, steps: range, own: range, micro_batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        threads.add(threading.current_thread().name)
+        return plan(self, steps, own, micro_batch)
+
+    monkeypatch.setattr(Mixture, "plan", watched)
 
     def prepare(sample: Sample, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         threads.add(threading.current_thread().name)
         return plain(sample, rng)
 
-    with Loader(Fill([dataset], prepare), Watched(), global_batch_size=4, micro_batch_size=2) as batches:
+    with Loader(Fill([dataset], prepare), order(2, 2), global_batch_size=4, micro_batch_size=2) as batches:
         for step in range(5):
             batches.step(step)
     assert threads == {"loader 0"}
