@@ -129,8 +129,8 @@ def test_what_passes_is_tried_again(folder: Path, server: FileServer, tmp_path: 
 
 
 def test_a_server_that_does_not_answer_in_time(folder: Path, server: FileServer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.http_store.READ_SECONDS", 0.3)
-    server.fault = at_first(Answer(pause=1.0))
+    monkeypatch.setattr("pipeline.http_store.READ_SECONDS", 2.0)
+    server.fault = at_first(Answer(pause=4.0))
     with open_dataset(folder) as local, opened(server, tmp_path) as dataset:
         assert steps(dataset) == steps(local)
     assert len(server.asked) > len({*server.asked})
