@@ -51,6 +51,8 @@ SHUFFLED = Data.model_fields["shuffle_blocks"].default
 class Generated:
     """A Storage: the root from a folder, segments from a seed. seconds, processor_seconds: that these took to make."""
 
+    block_bytes = Folder.block_bytes
+
     def __init__(self, folder: Path, seed: int) -> None:
         self.place, self._seed = str(folder), seed
         self.seconds = self.processor_seconds = 0.0
@@ -62,16 +64,20 @@ class Generated:
         self.keys = [b"%0*d" % (KEY, row) for row in range(SHARD)]
         self.counts: np.ndarray | None = None
 
-    def sizes(self) -> None:
+    def sizes(self, expected: int = 0) -> None:
         return None
 
+    def close(self) -> None:
+        pass
+
     def map(self, name: str) -> memoryview:
-        if name == root.ROOT:
-            return Folder(self.place).map(name)
+        return Folder(self.place).map(name)
+
+    def segment(self, name: str, digest: str) -> memoryview:
         began, cpu = time.perf_counter(), time.process_time()
-        assert self.counts is not None and name.endswith(".tar.idx")
+        assert self.counts is not None
         shard = int(name.partition(".")[0])
-        made = self.segment(shard, int(self.counts[shard]))
+        made = self.made(shard, int(self.counts[shard]))
         self.seconds += time.perf_counter() - began
         self.processor_seconds += time.process_time() - cpu
         return memoryview(made)
@@ -85,7 +91,7 @@ class Generated:
         shift = self.shift(shards)
         return (self.ends[shift + counts] - self.ends[shift] + 1024 + 10_239) // 10_240 * 10_240
 
-    def segment(self, shard: int, count: int) -> bytes:
+    def made(self, shard: int, count: int) -> bytes:
         """Of one shard: a .jpg and a .cls for each sample."""
         shift = self.shift(shard)
         table = np.zeros((count, 2), segment.FIELD)
@@ -149,7 +155,7 @@ def prepare(plan: argparse.Namespace, folder: Path) -> int:
     index = open_index(storage)
     order = order_of(index, plan.seed)
     touched = {shard for step in steps_of(plan) for shard in index.places(numbers_of(order, step))[0].tolist()}
-    digests = {shard: segment.digest(storage.segment(shard, int(counts[shard]))) for shard in touched}
+    digests = {shard: segment.digest(storage.made(shard, int(counts[shard]))) for shard in touched}
     write_root(storage, counts, digests)
     return len(touched)
 

@@ -115,7 +115,7 @@ def with_bad_samples(folder: Path, copy: Path) -> Path:
         for number in BAD:
             sample = dataset.sample(number)
             place = next(iter(sample._fields.values()))
-            with (copy / sample._shard.path.name).open("r+b") as tar:
+            with (copy / Path(sample._shard.path).name).open("r+b") as tar:
                 tar.seek(place.offset + place.length // 2)
                 [byte] = tar.read(1)
                 tar.seek(-1, 1)

@@ -48,7 +48,7 @@ def test_curves_best_and_checkpoints() -> None:
     assert steps == list(range(40)) and losses[19] == 1.19 and losses[20] == 2.2
     assert run.best == (20, 0.9) and run.finished  # what attempt 2 did again, it did worse
     assert [listed.step for listed in run.checkpoints()] == [20, 40]
-    assert run.config.data.train["train"].folder.is_absolute() and pipeline.open_run(path) == run
+    assert Path(run.config.data.train["train"].folder).is_absolute() and pipeline.open_run(path) == run
 
 
 def test_the_smallest_can_be_the_best_and_none_may_be_asked_for() -> None:

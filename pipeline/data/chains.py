@@ -93,11 +93,12 @@ class Segment:
     def about(self, source: int, epoch: int, number: int) -> tuple[int, float] | None:
         """The lane that has a sample of a source in an epoch, and about the step; None: another part of the chain."""
         chain, draws = self.chains[source], self.draws[source]
-        if len(chain.parts) > 1 or epoch < chain.parts[0].epoch or not draws:
+        part, *more = chain.parts
+        if more or epoch < part.epoch or not draws:
             return None
-        lane, position = self.order(chain.parts[0]).about(epoch, number)
+        lane, position = self.order(part).about(epoch, number)
         rows = self.depth * draws / sum(self.draws)  # that the lane takes of this source in a step
-        first = (chain.parts[0].epoch * chain.parts[0].samples + self.lanes - 1 - lane) // self.lanes
+        first = (part.epoch * part.samples + self.lanes - 1 - lane) // self.lanes
         return lane, self.step + (position - first - chain.bases[lane]) / rows
 
     def consumed(self, step: int) -> np.ndarray:

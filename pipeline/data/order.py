@@ -205,7 +205,7 @@ def _last_block(seed: int, blocks: int, epoch: int) -> tuple[np.uint64, int]:
     return key[0], int(_unpermute(np.array([blocks - 1]), np.array([blocks]), key)[0])
 
 
-def _before(total: np.ndarray, lane: np.ndarray, lanes: int) -> np.ndarray:
+def _before(total: np.ndarray | int, lane: np.ndarray, lanes: int) -> np.ndarray:
     """How many of the first `total` samples, dealt to the lanes in turn, went to lanes below `lane`."""
     return lane * (total // lanes) + np.minimum(lane, total % lanes)
 

@@ -183,14 +183,14 @@ class Stream:
 
     def _share_cache(self, world_size: int, workers: int) -> None:
         """Say how far ahead of need each URL is read, with `workers` of `world_size` on this node."""
-        remotes = [dataset for dataset in self.datasets if dataset.remote is not None]
+        remotes = [(dataset, dataset.remote) for dataset in self.datasets if dataset.remote is not None]
         segment, size = self.mixture.segments[-1], self.config.data.cache_bytes
         blocks, least = -(-segment.lanes // world_size) * segment.window_blocks, 0
-        for dataset in remotes:
+        for dataset, fetching in remotes:
             block, all_bytes = dataset.block_bytes, dataset.index.bytes
             window = min(blocks * block, all_bytes)
             least += min(workers * least_bytes(window, block), all_bytes)
-            dataset.remote.remote.ahead_bytes = ahead_bytes(window, block, size // (workers * len(remotes)))
+            fetching.remote.ahead_bytes = ahead_bytes(window, block, size // (workers * len(remotes)))
         if least > size:
             raise ConfigError(
                 f"data.cache_bytes is {size / 1e6:,.1f} MB, and the {workers} workers of this node read from "
