@@ -45,8 +45,7 @@ LEFT_SECONDS = 3600.0  # after which a piece that was not finished is nobody's
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 LATEST = 2**33  # seconds since 1970: the time of what is not needed again
 
-Load = Callable[[int, int], memoryview]
-"""(begin, end) -> the bytes of a file."""
+Load = Callable[[int, int], memoryview]  # (begin, end) -> the bytes of a file
 
 
 class Place(NamedTuple):
@@ -168,8 +167,7 @@ class Cache:
         seen, since = -1, time.monotonic()
         try:
             while file is None and time.monotonic() >= self._again:
-                file = self._locked(path)
-                if file is not None:
+                if (file := self._locked(path)) is not None:
                     break
                 with suppress(OSError):
                     size = path.stat().st_size
@@ -180,6 +178,9 @@ class Cache:
             yield file
         finally:
             if file is not None:
+                with suppress(OSError):
+                    if os.path.samestat(os.stat(path), os.fstat(file)):  # nobody put it in its place
+                        path.unlink()
                 os.close(file)
 
     def _locked(self, path: Path) -> int | None:

@@ -67,7 +67,7 @@ def test_generated_segments_are_like_scanned_ones(scale: Any, tmp_path: Path):
     from tests.small_tars import write_tar
 
     storage = scale.Generated(tmp_path, 0)
-    made = storage.segment(7, 5)
+    made = storage.made(7, 5)
     view = segment.open_segment(memoryview(made), segment.digest(made), "made", "")
     members = []
     for row in range(5):
