@@ -58,7 +58,7 @@ LAYERS = [
     ["cli", "terminal", "__init__", "__main__"]
     + [
         f"cli_{name}"
-        for name in ("checkpoint", "data", "export", "pack", "report", "resume", "submit", "sweep", "track")
+        for name in ("checkpoint", "data", "export", "pack", "report", "resume", "simulate", "submit", "sweep", "track")
     ],
 ]
 FENCES = {
