@@ -1,4 +1,4 @@
-"""`millstream data`: index, verify, stats, preview, repair, merge, send, head; pack is in cli_pack.py.
+"""`millstream data`: index, verify, stats, preview, repair, merge, send, head, and the commands of two more files.
 
 See cli.py for how commands are written.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import cli_pack
+from pipeline import cli_pack, cli_simulate
 
 if TYPE_CHECKING:
     from pipeline.data.index import Index
@@ -279,3 +279,4 @@ def goes_on() -> Iterator[None]:
 
 
 app.command(epilog="Example: millstream data pack photos/ data/photos --holdout 0.1 --licence CC-BY-4.0")(cli_pack.pack)
+app.command(epilog=cli_simulate.EXAMPLE)(cli_simulate.simulate)

@@ -71,6 +71,14 @@ def test_packing_stands_beside_webdataset(tmp_path: Path) -> None:
     assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[3:])
 
 
+@pytest.mark.slow
+def test_what_is_predicted_stands_beside_what_was_read(tmp_path: Path) -> None:
+    rows = cells(script("simulate.py", "--repeats 1 --steps 6 --only 1", tmp_path))
+    assert [row[1] for row in rows] == ["bytes fetched, MB", "first batch, s", "waits after it, s", "waits, s"]
+    assert all(row[4].split()[1] in ("met", "MISSED") for row in rows)
+    assert rows[0][4].endswith("met") and float(rows[1][2]) > 0 and float(rows[1][3]) > 0
+
+
 @pytest.mark.root
 @pytest.mark.slow
 def test_a_fault_stands_beside_a_cold_start(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ LAYERS = [
             "report",
             "resume",
             "sample",
+            "simulate",
             "submit",
             "sweep",
             "track",

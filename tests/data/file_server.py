@@ -2,7 +2,7 @@
 
 As a program it serves a folder from a process of its own, for benchmarks, and says its port:
 
-    python -m tests.data.file_server FOLDER PAUSE_SECONDS
+    python -m tests.data.file_server FOLDER PAUSE_SECONDS [BYTES_PER_SECOND]
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Asked(NamedTuple):
     end: int
 
 
+SLICE_SECONDS = 0.002  # of the bandwidth, that an answer sends before others have their turn
+
 Fault = Callable[[Asked, int], "Answer | None"]
 """(request, how many came before it) -> what to answer instead of the truth."""
 
@@ -45,13 +47,17 @@ class Answer(NamedTuple):
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves `folder` until it is closed. asked: all requests so far.  bodies: bytes sent of tars."""
+    """Serves `folder` until it is closed. asked: all requests so far.
+
+    bandwidth: bytes per second, which all answers share.
+    """
 
     daemon_threads, request_queue_size = True, 256
 
-    def __init__(self, folder: Path, pause: float = 0.0, fault: Fault | None = None) -> None:
+    def __init__(self, folder: Path, pause: float = 0.0, fault: Fault | None = None, bandwidth: float = 1e12) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.pause, self.fault = folder, pause, fault
+        self.folder, self.pause, self.fault, self.bandwidth = folder, pause, fault, bandwidth
+        self._free, self._turn = 0.0, threading.Lock()  # when the link has sent all that it was given
         self.asked: list[Asked] = []
         self.etag: Callable[[os.stat_result], str] | None = lambda info: f'"{info.st_size:x}-{info.st_mtime_ns:x}"'
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
@@ -67,6 +73,17 @@ class FileServer(ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
+
+    def slice(self, left: int) -> int:
+        """Wait until some of the `left` bytes of an answer may be sent: how many."""
+        size = min(left, max(1, int(self.bandwidth * SLICE_SECONDS)))
+        with self._turn:
+            now = time.monotonic()
+            self._free = max(self._free, now) + size / self.bandwidth
+            wait = self._free - now
+        if wait > 0.001:
+            time.sleep(wait)
+        return size
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that go away are no news."""
@@ -120,7 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._badly(file.read(end - begin), fault)
             elif method == "GET":
                 while begin < end:
-                    begin += os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)
+                    size = self.server.slice(end - begin)
+                    begin += os.sendfile(self.connection.fileno(), file.fileno(), begin, size)
 
     def _badly(self, content: bytes, fault: Answer) -> None:
         content = fault.content(content) if fault.content else content
@@ -149,6 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    with FileServer(Path(sys.argv[1]), float(sys.argv[2])) as server:
+    pause, bandwidth = (float(each) for each in [*sys.argv[2:], "1e12"][:2])
+    with FileServer(Path(sys.argv[1]), pause, bandwidth=bandwidth) as server:
         print(server.server_port, flush=True)
         threading.Event().wait()
