@@ -52,6 +52,20 @@ class LstmOutput(ModelOutput):
     state: State | None = None
 
 
+class _Lstm(nn.LSTM):
+    """torch's own, without the weak references to its weights: they forbid that a weight gets its memory later, as
+    those of a pretrained folder do. Whether weights were exchanged is seen from themselves.
+    """
+
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        self._flat_weight_refs = []
+
+    def _weights_have_changed(self) -> bool:
+        held = zip(self._flat_weights_names, self._flat_weights, strict=True)
+        return any(getattr(self, name) is not weight for name, weight in held)
+
+
 class LstmLayer(GradientCheckpointingLayer):
     """[m, length, hidden] -> the same and the state after the last token."""
 
@@ -59,7 +73,7 @@ class LstmLayer(GradientCheckpointingLayer):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.lstm = nn.LSTM(config.hidden_size, config.hidden_size, batch_first=True)
+        self.lstm = _Lstm(config.hidden_size, config.hidden_size, batch_first=True)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         y, after = self.lstm(self.dropout(self.norm(x)), state)

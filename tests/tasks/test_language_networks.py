@@ -176,10 +176,12 @@ def run_cases(world: World, paths: dict[str, Path], runs: Path, again: bool = Fa
             found[f"{name} again"] = losses(records_of(world, configs.load(path), runs / name, attempt=2))
         found[name] = losses(records)
         reasons = sorted(record["reason"] for record in of_kind(records, "substitute"))
-        assert len(reasons) == 2, reasons
+        assert len(reasons) == (0 if world.rank else 2), reasons
         assert all(f"bad-{number}.npy" in reason for number, reason in enumerate(reasons, 1)), reasons
-        [*_, scored] = of_kind(records, "evaluation")
-        assert scored["metrics"]["eval/test/perplexity"] == pytest.approx(np.exp(scored["metrics"]["eval/test/loss"]))
+        for scored in of_kind(records, "evaluation"):
+            assert scored["metrics"]["eval/test/perplexity"] == pytest.approx(
+                np.exp(scored["metrics"]["eval/test/loss"])
+            )
     return found
 
 
