@@ -78,8 +78,8 @@ def test_the_commands_are_these() -> None:
         "checkpoint, checkpoint diff, checkpoint export, checkpoint list, checkpoint prune, checkpoint upload, "
         "checkpoint verify, dashboard, data, data head, data index, data merge, data pack, data preview, data repair, "
         "data send, data simulate, data stats, data verify, doctor, evaluate, init, report, resume, runs, sample, "
-        "submit, submit k8s, submit logs, submit ray, submit resume, submit slurm, submit status, submit stop, sweep, track, "
-        "track repair, track status, track sync, train, verify-resume"
+        "submit, submit k8s, submit logs, submit ray, submit resume, submit slurm, submit status, submit stop, sweep, "
+        "track, track repair, track status, track sync, train, verify-resume"
     )
     assert ", ".join(sorted(" ".join(words) for words in commands())[1:]) == expected
 

@@ -28,7 +28,7 @@ class Noted:
         world = SimpleNamespace(rank=0, gather_objects=lambda host: hosts)
         record = lambda kind, **facts: self.records.append({"kind": kind, **facts})  # noqa: E731
         self.pace = Pace(cast(Session, SimpleNamespace(world=world, host=hosts[0], record=record)))
-        self.loader = cast(Loader, SimpleNamespace(slow_shards=list))
+        self.loader = cast(Loader, SimpleNamespace(slow_shards=list, slow_links=list, cache_troubles=list))
         self.step = 0
 
     def steps(self, computed: np.ndarray, waited: np.ndarray) -> list[dict[str, Any]]:
