@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.data.pack import Kind as Known
     from pipeline.data.tars import Chosen
     from pipeline.data.writer import Packed
 
@@ -183,7 +184,7 @@ def pack(
     _say_packed(packed)
 
 
-def _kind(kind: Kind, fields: bool, chosen: bool) -> str | None:
+def _kind(kind: Kind, fields: bool, chosen: bool) -> Known | None:
     """What the source is taken for: as asked, or as only one kind has such options; None: to be found out."""
     if kind is not Kind.auto:
         return kind.value
