@@ -186,7 +186,7 @@ def test_what_is_there_is_not_touched_and_an_interrupt_leaves_nothing(saved: dic
 def test_a_network_that_would_open_as_another_is_refused(saved: dict[str, Saved], tmp_path: Path) -> None:
     one = saved["convnet"]
     path = written_anew(one, tmp_path / "plain", one.state, network={})
-    with pytest.raises(CheckpointError, match="is not one of transformers"):
+    with pytest.raises(CheckpointError, match="is one of neither transformers nor diffusers"):
         export(path, tmp_path / "out")
     kept = {key: tensor for key, tensor in one.state.items() if "running" not in key[0]}  # as with group norm
     shapes = {name: shape for name, shape in one.manifest.parameters.items() if "running" not in name}
