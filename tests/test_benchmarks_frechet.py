@@ -46,7 +46,7 @@ def test_a_toy_run_stands_beside_its_anchors(tmp_path: Path) -> None:
     squares = small_data.images(tmp_path / "squares", size=8)
     task = {"name": "diffusion", "image_size": 8, "channels": 1, "classes": 4, "model": UNET, "guidance": 1.5}
     data = {"train": str(squares), "evaluate": {"test": str(squares)}}
-    path = small_data.config(tmp_path / "toy.yaml", task, squares, data=data, steps=3, ema={"decay": 0.5})
+    path = small_data.config(tmp_path / "toy.yaml", task, squares, data=data, steps=5, ema={"decay": 0.5})
     gloo.run(trained, 1, path, tmp_path / "run")
     (tmp_path / "scratch").mkdir()
     grid = tmp_path / "grid.png"
