@@ -168,7 +168,7 @@ def test_digits(project: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nothing"], "no example 'nothing'; choose digits, stdlib, speech"),
+        (["nothing"], "no example 'nothing'; choose digits, mnist, stdlib, stdlib-long, speech or stamps"),
         (["stamps", "debs"], "debs has no tuxpaint"),
     ],
 )
