@@ -247,7 +247,8 @@ def other(server: FileServer, folder: Path, cache: Path, limit: int = 0, workers
     script = cache.with_name("limited.py")
     script.write_text(LIMITED)
     command = [sys.executable, str(script), server.url, str(folder), str(cache), str(limit), str(workers)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
