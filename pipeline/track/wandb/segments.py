@@ -47,6 +47,11 @@ class Segment(NamedTuple):
         """W&B's own sign beside a file that was sent."""
         return self.path.with_suffix(".wandb.synced")
 
+    @property
+    def begun(self) -> Path:
+        """Ours, while it is sent: where it stays, the rows may be there and what their tables show not."""
+        return self.path.with_suffix(".wandb.begun")
+
 
 def find(folder: Path, identity: str = "*") -> list[Segment]:
     """The segments of a run folder, of one W&B id or of all, in the order in which they were begun."""

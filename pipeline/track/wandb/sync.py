@@ -93,16 +93,18 @@ def _send(segment: Segment, later: list[Segment], track: Track, say: Say) -> boo
     rewinds = segment.rewound is not None and not segment.online
     wanted = [step for step in segment.steps if step <= until and (rewinds or step > last)]
     here = segment.path.parent.name
-    if not wanted:
+    if not wanted and not segment.begun.exists():
         if not segment.online:
             segment.mark.touch()
         return False
-    say(f"{here}: sending steps {wanted[0]} to {wanted[-1]}")
+    say(f"{here}: sending " + (f"steps {wanted[0]} to {wanted[-1]}" if wanted else "what its tables show"))
+    segment.begun.touch()
     with tempfile.TemporaryDirectory(prefix="millstream-sync-") as scratch:
         whole = wanted == segment.steps and not segment.online and not segment.sent and not segment.lost
         source = segment.path.parent if whole else segments.write_part(segment, wanted, rewinds, Path(scratch))
         _wandb_sync(source, segment, track, Path(scratch))
     segment.mark.touch()
+    segment.begun.unlink()
     return True
 
 
