@@ -1,6 +1,6 @@
 """What every test relies on: an allow-list of skips, and in which order they run.
 
-A skip hides a check, so one that is not in tests/allowed_skips.txt fails the whole run. `launch/test` runs two
+A skip hides a check, so one that is not in tests/allowed_skips.txt fails the whole run. `launch/test` runs two fast
 tests at a time (pytest-xdist), those of one file one after the other, because they share what a fixture has started.
 """
 
@@ -14,9 +14,8 @@ ALLOWED = Path(__file__).with_name("allowed_skips.txt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, so that both end together: root's, the loop's, then those of the packages."""
-    root = {item.path for item in items if item.get_closest_marker("root")}
-    items.sort(key=lambda item: (item.path not in root, item.location[0].count("/")))
+    """What takes longest begins first, so that both end together: the loop's tests, then those of the packages."""
+    items.sort(key=lambda item: item.location[0].count("/"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

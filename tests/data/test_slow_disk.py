@@ -26,11 +26,10 @@ READER = """
 import json, sys
 from tests.data import small_loader
 from pipeline.data.reader import open_dataset
-small_loader.SAMPLES = 102
 found, gather = [], (lambda samples: {"x": samples.array("npy")}) if sys.argv[2] == "gather" else None
 prepare = lambda sample, rng: {"x": sample["npy"]}
 with open_dataset(sys.argv[1]) as data:
-    with small_loader.loader(data, prepare, micro_batch=2, micro_batches=2, gather=gather) as batches:
+    with small_loader.loader(data, prepare, micro_batch=2, micro_batches=2, gather=gather, samples=102) as batches:
         for step in range(25):
             batches.step(step)
             found += batches.slow_shards()
