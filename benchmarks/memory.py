@@ -4,8 +4,9 @@
                            '-> a process of its own: build, 2 steps under torch's profiler -> bytes of live storages
 
 Measured is the largest "Total Allocated" of torch's profiler within the second step, counted from before the network is
-built; RSS is the process's peak less what it had before. CPU, one worker. The prediction has no constants that were
-fitted, so its error is stated over all. What it gives up: what a GPU's allocator adds, and more than one worker.
+built; RSS is what the process has grown by at the end of it. CPU, one worker. The prediction has no constants that were
+fitted, so its error is stated over all that were measured. A model whose activations the doctor does not know is named
+and has no row. What it gives up: what a GPU's allocator adds, and more than one worker.
 
     python benchmarks/memory.py --save
 """
@@ -203,10 +204,15 @@ def main() -> None:
             cells = [f"{found[key] / 1e6:.1f}" for key in ("predicted", "measured", "left", "rss")]
             rows.append([name, *cells, f"{error:+.1%}", ", ".join(f"{part} {size}" for part, size in sizes.items())])
             print(rows[-1], file=sys.stderr, flush=True)
+    known = [row[0] for row in rows]
     absolute = [abs(error) for error in errors]
     facts = [
         f"{len(errors)} of {len(CASES)} models measured; error of the prediction: "
         f"median {statistics.median(absolute):.1%}, largest {max(absolute):.1%}",
+        *(
+            [f"Not measured, or not predicted: {', '.join(n for n in CASES if n not in known)}"]
+            * (len(rows) < len(CASES))
+        ),
         "No constant was fitted, so there is no half set aside",
         "MB (10^6 bytes); left: at the end of the step. Parts are what is predicted; parameters in millions",
     ]
