@@ -22,7 +22,10 @@ class Config(Strict):
     width: int = Field(default=8, ge=1, description="channels")
     vocabulary: Path | None = None
 class Task:
-    pass
+    augments = False
+
+    def __init__(self, config):
+        self.config = config
 """
 GOOD: dict[str, Any] = {
     "name": "small",

@@ -93,10 +93,14 @@ def examine(
 
 
 def before(config: Config) -> list[Problem]:
-    """What `train` and `submit` ask before anything is paid for: samples of no class of the task, by the index."""
+    """What `train` and `submit` ask before anything is paid for.
+
+    Can the task be made (its tokenizer and what was packed by it, its own code), and are there samples of no class of
+    it, by the index.
+    """
     report = Report()
     samples.look(config, report, reading=False)
-    return [finding.problem for finding in report.of("error") if finding.problem.place == "task.classes"]
+    return [finding.problem for finding in report.of("error") if finding.problem.place.partition(".")[0] == "task"]
 
 
 def _configuration(path: Path, overrides: tuple[str, ...], report: Report) -> Config | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,7 @@ def _run(
 ) -> tuple[int | None, tuple[str, ...]]:
     """Bytes at the peak, and the names of an evaluation's metrics."""
     rows = [samples[i % len(samples)] for i in range(config.micro_batch_size)]
-    dtype = DTYPES[config.precision.dtype]
+    dtype, metrics = DTYPES[config.precision.dtype], ()
     try:
         with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             arrays = {name: np.stack([row[name] for row in rows[:1]]) for name in rows[0]}
@@ -129,7 +130,7 @@ def _run(
                 loss.float().backward()
             del loss
             module.eval()
-            with torch.no_grad():
+            with torch.no_grad(), suppress(*UNKNOWN):  # what training takes is known by now
                 metrics = tuple(task.score(module, batch)) if config.data.evaluate else ()
         return alive.peak, metrics
     except UNKNOWN as error:

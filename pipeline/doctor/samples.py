@@ -40,7 +40,7 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
 
     reading: also read samples; else what the indexes say is all.
     """
-    task = _task(config, report) if reading else None
+    task = made_task(config, report)
     try:
         load_decoders(config.data.decoders)
     except ConfigError as error:
@@ -83,7 +83,7 @@ def places(config: Config) -> Iterator[tuple[str, Path | str]]:
         yield f"data.evaluate.{name}", folder
 
 
-def _task(config: Config, report: Report) -> Any:
+def made_task(config: Config, report: Report) -> Any:
     """The task, or None when it refuses its section."""
     try:
         return task_file.find(config.task.name).Task(config.task)

@@ -56,10 +56,11 @@ def look(config: Config, report: Report, parameters: int | None) -> None:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    _judge(report, process.returncode, said, complained)
+    judge(report, process.returncode, said, complained)
 
 
-def _judge(report: Report, code: int, said: str, complained: str) -> None:
+def judge(report: Report, code: int, said: str, complained: str) -> None:
+    """Note what the process said: its last line, or what it died of."""
     last = said.strip().rpartition("\n")[2]
     if code or not last.startswith("{"):
         tail = " ".join(complained.strip().split("\n")[-1:]) or f"exit code {code}"

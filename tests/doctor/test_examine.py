@@ -11,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli
+from pipeline import config as configs
+from pipeline.doctor.examine import before
 from pipeline.doctor.findings import Report, told
 from tests.doctor import corpus, examined
 
@@ -78,6 +80,18 @@ def test_all_mistakes_come_at_once_each_with_its_line(good: Path, tmp_path: Path
     for place in ("task.classes", "optim.lr", "evaluate.best"):
         line = found[place].line
         assert line and lines[line - 1].strip().startswith(place.rpartition(".")[2] + ":")
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "value"), [("words", "task.length", 8), ("images", "task.classes", 3), ("words", None, None)]
+)
+def test_train_and_submit_ask_it_too(base: str, key: str | None, value: int, good: Path, tmp_path: Path) -> None:
+    entry = {"id": "x", "base": base, "set": {key: value} if key else {}}
+    config = configs.load(corpus.make(entry, good, tmp_path / "it"))
+    said = [problem.place for problem in before(config)]
+    assert set(said) == ({key} if key else set())
+    report = examined.run(entry, good, tmp_path / "whole")
+    assert set(said) <= {finding.problem.place for finding in report.of("error")}
 
 
 def test_the_command_says_it_to_people_and_programs(good: Path, tmp_path: Path) -> None:

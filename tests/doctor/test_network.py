@@ -13,6 +13,15 @@ from pipeline.doctor import memory, network, samples
 from pipeline.doctor.findings import Report
 from tests.doctor import corpus
 
+UNET = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+}
+
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,6 +40,15 @@ def test_it_has_the_parameters_of_the_real_one(base: str, good: Path, tmp_path: 
     assert found.buffers == sum(buffer.numel() * buffer.element_size() for buffer in real.buffers())
     assert (found.activations and "loss" in found.metrics) or base == "words"
     assert report.findings == []
+
+
+def test_an_evaluation_that_wants_numbers_hides_no_activations(good: Path, tmp_path: Path) -> None:
+    task = {"name": "diffusion", "image_size": 8, "channels": 1, "classes": 4, "model": UNET}
+    entry = {"id": "x", "base": "images", "set": {"task": task, "evaluate.best": "test/loss", "evaluate.mode": "min"}}
+    config = configs.load(corpus.make(entry, good, tmp_path / "it"))
+    report = Report()
+    found = network.look(config, report, samples.look(config, report))
+    assert found and found.activations and report.of("error", "note") == []
 
 
 def test_larger_micro_batches_keep_more_alive(good: Path, tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -15,6 +18,7 @@ from pipeline import cli
 from pipeline.config import load
 from pipeline.data import index
 from pipeline.doctor.examine import examine
+from pipeline.track.journal import read
 from tests import small_data
 
 
@@ -30,6 +34,16 @@ def pictures(folder: Path, size: tuple[int, int] = (40, 30), grey: bool = False)
         for number in range(20):
             shape = size if grey else (*size, 3)
             Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(folder / name / f"{number}.png")
+
+
+def sounds(folder: Path, rate: int = 8000) -> None:
+    """Tones of half a second, higher in the second class."""
+    rng = np.random.default_rng(1)
+    for name, pitch in (("high", 900), ("low", 300)):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            wave = 0.3 * np.sin(2 * np.pi * pitch * np.arange(rate // 2) / rate) + rng.normal(0, 0.05, rate // 2)
+            soundfile.write(folder / name / f"{number}.wav", wave, rate)
 
 
 def commands(*words: str) -> list[list[str]]:
@@ -94,3 +108,33 @@ def test_what_cannot_be_configured_is_said(tmp_path: Path) -> None:
         done = CliRunner().invoke(cli.app, ["init", folder])
         assert says in str(done.exception)
     assert index.build(Path("tars")).samples == 96
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["photos", "prose", "clips"])
+def test_four_commands_from_a_folder_to_a_run(kind: str, tmp_path: Path) -> None:
+    if kind == "photos":
+        pictures(Path(kind))
+    elif kind == "clips":
+        sounds(Path(kind))
+    else:
+        Path(kind).mkdir()
+        lines = [
+            json.dumps({"text": f"The {n}th of many short stories, told {n * n} times.\n" * 20}) for n in range(80)
+        ]
+        Path(kind, "all.jsonl").write_text("\n".join(lines))
+
+    def command(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    said = [shlex.split(line) for line in command("init", kind).splitlines() if line.startswith("  millstream")]
+    assert [words[1] for words in said] == ["data", "doctor", "train"]
+    pack, doctor, train = said
+    command(*pack[1:])
+    assert "good to go" in command(*doctor[1:])
+    command(*train[1:], "steps=3", "optim.schedule.warmup=1", "cluster.workers=0")
+    records = read(Path("runs") / kind / "journal.jsonl").records
+    assert [each["reason"] for each in records if each["kind"] == "end"] == ["done"]
+    assert sum(each["kind"] == "step" for each in records) == 3
