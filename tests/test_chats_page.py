@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def save_base(folder: Path) -> None:
     own.train_from_iterator([block("json")], trainer)
     PreTrainedTokenizerFast(tokenizer_object=own, eos_token=end, bos_token=end).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=own.get_vocab_size(), **sizes)).save_pretrained(folder)
 
 
