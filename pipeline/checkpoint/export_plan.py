@@ -93,8 +93,8 @@ def make_plan(path: Path, manifest: Manifest, dtype: torch.dtype, state: State, 
     if not manifest.network:
         raise CheckpointError(
             f"not exported: the network in {path} is one of neither transformers nor diffusers, so no "
-            "`from_pretrained` could open it. "
-            "Its tensors are plain safetensors: read them with the fragments that manifest.json lists."
+            "`from_pretrained` could open it. It opens in Python, wherever its task can be imported: "
+            f"pipeline.checkpoint.weights.load(pathlib.Path({str(path)!r})).module"
         )
     try:
         module = exported.rebuild(manifest.network)

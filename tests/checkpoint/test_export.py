@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import pipeline
 from pipeline import cli_export, tasks
 from pipeline.checkpoint import weights
 from pipeline.checkpoint.export import Exported, export
@@ -186,8 +188,11 @@ def test_what_is_there_is_not_touched_and_an_interrupt_leaves_nothing(saved: dic
 def test_a_network_that_would_open_as_another_is_refused(saved: dict[str, Saved], tmp_path: Path) -> None:
     one = saved["convnet"]
     path = written_anew(one, tmp_path / "plain", one.state, network={})
-    with pytest.raises(CheckpointError, match="is one of neither transformers nor diffusers"):
+    with pytest.raises(CheckpointError, match="is one of neither transformers nor diffusers") as refused:
         export(path, tmp_path / "out")
+    said = str(refused.value).rpartition(": ")[2]
+    module = eval(said, {"pipeline": pipeline, "pathlib": pathlib})
+    assert all(torch.equal(tensor, one.master(name)) for name, tensor in module.named_parameters())
     kept = {key: tensor for key, tensor in one.state.items() if "running" not in key[0]}  # as with group norm
     shapes = {name: shape for name, shape in one.manifest.parameters.items() if "running" not in name}
     path = written_anew(one, tmp_path / "group", kept, parameters=shapes)
