@@ -1,7 +1,10 @@
 """Bytes per second of shards at a URL, beside webdataset's `pipe:curl` and plain GETs of whole shards in parallel.
 
-A plain HTTP server on loopback, in a process of its own, waits 25 ms before each answer and then sends as fast as it
-can. Every case reads all samples of all shards once, in a process of its own that begins with nothing cached:
+A plain HTTP server on loopback, in a process of its own, waits 25 ms before each answer and then sends: once as fast as
+it can, and once at no more than 60 MB/s for each connection, as object stores do (about 50 to 100 MB/s). The limit is
+the same for every case and for the plain GETs; how many connections there are is each reader's own (millstream has 16,
+GETs as said, pipe:curl one). Without a limit the cores are the limit: server and client share them. Every case reads
+all samples of all shards once, in a process of its own that begins with nothing cached:
 
     millstream    a run's own loader, as a run has it by default: shuffled, digests compared, bytes kept on the disk
     webdataset    `pipe:curl` as its documentation has it, in the order of the shards, bytes not decoded
@@ -46,6 +49,7 @@ OURS, CURL, GETS, KEPT = "millstream", "webdataset, pipe:curl", "gets, 4 threads
 TARGETS = {CURL: 5.0, GETS: 0.8}
 SAMPLE_BYTES, BATCH = 26_000, 64
 PAUSE = 0.025  # seconds before each answer
+RATES = {"no limit": 1e12, "60 MB/s a connection": 60e6}  # bytes per second
 SEED = 7
 
 
@@ -63,9 +67,9 @@ def write(folder: Path, shards: int, shard_bytes: int) -> None:
 
 
 @contextmanager
-def served(folder: Path, pause: float) -> Iterator[str]:
+def served(folder: Path, rate: float) -> Iterator[str]:
     """The folder's URL."""
-    command = [sys.executable, "-m", "tests.data.file_server", str(folder), str(pause)]
+    command = [sys.executable, "-m", "tests.data.file_server", str(folder), str(PAUSE), "1e12", str(rate)]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -210,16 +214,15 @@ def run(plan: argparse.Namespace, url: str, name: str, names: list[str]) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(plan: argparse.Namespace, shard_mb: int, folder: Path) -> tuple[str, str]:
-    """Two tables for shards of one size."""
+def measure(plan: argparse.Namespace, shard_mb: int, folder: Path, limit: str) -> tuple[str, str]:
+    """Two tables for shards of one size, served with one limit."""
     shards = plan.megabytes // shard_mb
-    write(folder, shards, shard_mb * 1_000_000)
     names = [f"{shard:06d}.tar" for shard in range(shards)]
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in [*CASES, "resume"]}
-    with served(folder, PAUSE) as url:
+    with served(folder, RATES[limit]) as url:
         for number in range(plan.rounds):
             for name in random.Random(number).sample([*rounds], len(rounds)):
-                print(f"shards of {shard_mb} MB: round {number + 1} of {plan.rounds}, {name}", file=sys.stderr)
+                print(f"shards of {shard_mb} MB, {limit}: round {number + 1} of {plan.rounds}, {name}", file=sys.stderr)
                 rounds[name].append(run(plan, url, name, names))
     rows = []
     for name in CASES:
@@ -231,7 +234,7 @@ def measure(plan: argparse.Namespace, shard_mb: int, folder: Path) -> tuple[str,
         told = "" if name == OURS else f"{middle:.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
         rows.append([name, f"{statistics.median(rates):,.0f}", f"{statistics.median(work):,.0f}", told, verdict])
     header = [
-        f"{shards} shards of {shard_mb} MB",
+        f"{shards} shards of {shard_mb} MB, {limit}",
         "MB/s",
         "MB/CPU-s of the client",
         "millstream / it, median (range)",
@@ -247,7 +250,9 @@ def measure(plan: argparse.Namespace, shard_mb: int, folder: Path) -> tuple[str,
         f"{middle['round']:.3f}",
     ]
     row += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-    return first, report.table(["first batch after a resume needs", "resume, s", "round, s", "resume / round"], [row])
+    return first, report.table(
+        [f"first batch after a resume needs ({limit})", "resume, s", "round, s", "resume / round"], [row]
+    )
 
 
 def main() -> int:
@@ -266,8 +271,10 @@ def main() -> int:
     load, parts = os.getloadavg()[0], []
     for shard_mb in plan.shard_mb or (16, 128):
         with tempfile.TemporaryDirectory(prefix="millstream-remote-", dir=plan.work) as folder:
-            parts += measure(plan, shard_mb, Path(folder))
-        print("\n\n".join(parts[-2:]), end="\n\n", flush=True)
+            write(Path(folder), plan.megabytes // shard_mb, shard_mb * 1_000_000)
+            for limit in RATES:
+                parts += measure(plan, shard_mb, Path(folder), limit)
+                print("\n\n".join(parts[-2:]), end="\n\n", flush=True)
     if plan.save:
         facts = [f"{plan.rounds} rounds; {PAUSE * 1000:g} ms before each answer; samples of {SAMPLE_BYTES:,} bytes"]
         facts += ["Server, client and all else share the cores"]
