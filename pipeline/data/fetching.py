@@ -46,6 +46,13 @@ class Fetching:
         block = self.pieces.block_in(piece)
         self._asked(self.pieces.rows(piece)[0], turn).afterwards(lambda opened: opened[1].ask(block, turn))
 
+    def is_settled(self, piece: int) -> bool:
+        """Whether a piece that was asked for has come, or something has kept it from coming."""
+        wait = self._shards.get(self.pieces.rows(piece)[0])
+        if wait is None or not wait.is_done or wait.error is not None:
+            return wait is None or wait.is_done
+        return wait.result()[1].is_settled(self.pieces.block_in(piece))
+
     def ask_all(self, numbers: np.ndarray) -> None:
         """Have all samples int64[k] fetched now."""
         for piece in np.unique(self.pieces.of(numbers)).tolist():

@@ -207,6 +207,11 @@ class RemoteTar:
                 self.remote.crew.ask(wait, partial(self._bring, block), turn)
             return wait
 
+    def is_settled(self, block: int) -> bool:
+        """Whether a block that was asked for has come, or has failed."""
+        wait = self._waits.get(block)
+        return block in self._here or (wait is not None and wait.is_done)
+
     def again(self, row: int) -> None:
         """Fetch the piece of a sample past the cache: its bytes are not those that were indexed.
 

@@ -1,7 +1,8 @@
-"""A shard or a link that training waits for is named, and the order stays."""
+"""A shard or a link that training waits for is named, the order stays, and what is needed first comes first."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,29 @@ def test_a_slow_link_is_named_once(folder: Path, tmp_path: Path, monkeypatch: py
             assert not loading.slow_links()
     [told] = said
     assert told.startswith(f"{server.url} comes at ") and "training waits for it" in told
+
+
+def test_the_first_micro_batch_comes_alone(folder: Path, tmp_path: Path) -> None:
+    seen: list[Asked] = []
+    come, lock = threading.Event(), threading.Lock()
+
+    def fault(asked: Asked, count: int) -> None:
+        with lock:
+            if not asked.name.endswith(".tar") or asked.method != "GET" or come.is_set():
+                return
+            seen.append(asked)
+            first = len(seen) == 1
+        if first:  # all that is asked for before it has come
+            come.wait(1.0)
+            come.set()
+
+    with (
+        FileServer(folder) as server,
+        open_dataset(server.url, block_bytes=8400, cache=Place(tmp_path)) as dataset,
+    ):
+        server.fault = fault
+        with loader(dataset) as loading:
+            loading.step(0)
+            loading.step(1)
+            pieces = len({asked for asked in server.asked if asked.name.endswith(".tar") and asked.method == "GET"})
+    assert 1 <= len(seen) <= 3 < pieces  # a micro batch of three samples has no more pieces
