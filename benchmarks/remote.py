@@ -8,7 +8,8 @@ all samples of all shards once, in a process of its own that begins with nothing
 
     millstream    a run's own loader, as a run has it by default: shuffled, digests compared, bytes kept on the disk
     webdataset    `pipe:curl` as its documentation has it, in the order of the shards, bytes not decoded
-    gets          4 threads that fetch whole shards into memory and do nothing with them: what the link gives
+    gets          4 threads, and 16, as many as millstream has, that fetch whole shards into memory and do nothing with
+                  them: what the link gives to so many connections
     gets, kept    the same, each shard written to a file, as a cache of whole shards does
 
 Rates count from opening the data set to the last sample, imports excluded. Each case runs once in every round, in an
@@ -46,7 +47,8 @@ import report
 
 HERE = Path(__file__).parent
 OURS, CURL, GETS, KEPT = "millstream", "webdataset, pipe:curl", "gets, 4 threads", "gets, 4 threads, kept"
-TARGETS = {CURL: 5.0, GETS: 0.8}
+MANY = "gets, 16 threads"
+TARGETS = {CURL: 5.0, GETS: 0.8, MANY: 0.8}
 SAMPLE_BYTES, BATCH = 26_000, 64
 PAUSE = 0.025  # seconds before each answer
 RATES = {"no limit": 1e12, "60 MB/s a connection": 60e6}  # bytes per second
@@ -128,9 +130,9 @@ def curl(url: str, names: list[str], cache: Path) -> int:
     return sum(len(sample["bin"]) for sample in wds.WebDataset(sources, shardshuffle=False))
 
 
-def gets(url: str, names: list[str], cache: Path, keep: bool = False) -> int:
+def gets(url: str, names: list[str], cache: Path, keep: bool = False, threads: int = 4) -> int:
     """All shards whole."""
-    pool, local = _pool(4), threading.local()
+    pool, local = _pool(threads), threading.local()
 
     def one(name: str) -> int:
         answer = pool.request("GET", f"{url}/{name}", preload_content=False)
@@ -150,8 +152,8 @@ def gets(url: str, names: list[str], cache: Path, keep: bool = False) -> int:
         return total
 
     cache.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(4) as threads:
-        return sum(threads.map(one, names))
+    with ThreadPoolExecutor(threads) as executor:
+        return sum(executor.map(one, names))
 
 
 def resume(url: str, names: list[str], cache: Path) -> dict[str, float]:
@@ -183,7 +185,13 @@ def _pool(size: int) -> Any:
     return urllib3.PoolManager(maxsize=size)
 
 
-CASES: dict[str, Callable[..., Any]] = {OURS: ours, CURL: curl, GETS: gets, KEPT: partial(gets, keep=True)}
+CASES: dict[str, Callable[..., Any]] = {
+    OURS: ours,
+    CURL: curl,
+    GETS: gets,
+    MANY: partial(gets, threads=16),
+    KEPT: partial(gets, keep=True),
+}
 
 
 def case(plan: argparse.Namespace) -> None:
