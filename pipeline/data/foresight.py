@@ -7,6 +7,8 @@ The order is a pure function, so what is needed is known as far ahead as one lik
 is. When a micro batch has been used up, the pieces that no coming one needs are let go of, with the time at which the
 next epoch comes to them. Nothing here changes what is in a micro batch.
 
+Data that fit into what is asked for ahead are planned for one epoch: what follows needs the same pieces again.
+
 The first micro batch's pieces come alone: those that are needed later would share the link with them, and training
 would begin so much later.
 """
@@ -54,6 +56,7 @@ class Foresight:
             each.remote.stopped, each.remote.maps = False, maps
         self._ahead = Ahead(sum(each.remote.ahead_bytes for each in self._remotes))
         self._sizes = [dataset.block * dataset.index.bytes // max(1, len(dataset)) for dataset in datasets]
+        self._most_rows = min(MOST_ROWS, sum(len(dataset) for dataset in datasets))
         self._known: deque[Plan] = deque()
         self._epochs: dict[int, int] = {}  # piece -> epoch that needs it
         self._rows, self._taken, self._began = 0, 0, time.monotonic()
@@ -134,7 +137,7 @@ class Foresight:
             return True
         if any(each.remote.cache.is_off() for each in self._remotes):  # what comes ahead stays in memory
             self._ahead.most = min(self._ahead.most, LEAST_AHEAD * BLOCK_BYTES)
-        return self._ahead.has_room and self._rows * (1 + len(self._known)) < MOST_ROWS
+        return self._ahead.has_room and self._rows * (1 + len(self._known)) < self._most_rows
 
     def _first_is_here(self) -> bool:
         """Or has failed, or nobody waits for it any more."""

@@ -86,7 +86,7 @@ class Worker:
     """One worker's loader. turns: the pieces of each of its micro batches.  per_step: of its micro batches.
 
     counted: turns whose bytes are of the steps that are looked at; those behind them are only looked ahead to.  depth:
-    micro batches that are read before they are asked for.
+    micro batches that are read before they are asked for.  most: turns that are planned ahead of those.
     """
 
     turns: Sequence[list[int]]
@@ -94,6 +94,7 @@ class Worker:
     per_step: int
     depth: int
     ahead: Ahead
+    most: int = 1 << 60
     planned: int = 0
     asked: int = 0  # micro batches that training has asked for
     loaded: int = 0
@@ -173,7 +174,11 @@ class Node:
         # the pieces of the first micro batch come alone
         first = turn == 0 and (begins or bool(worker.missing))
         while worker.planned < len(worker.turns) and (
-            worker.planned < begun or (not first and (worker.planned <= begun or worker.ahead.has_room))
+            worker.planned < begun
+            or (
+                not first
+                and (worker.planned <= begun or (worker.ahead.has_room and worker.planned - begun < worker.most))
+            )
         ):
             needed = {piece: self.pieces[piece].block for piece in worker.turns[worker.planned]}
             if worker.planned < worker.counted:
