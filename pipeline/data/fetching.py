@@ -7,6 +7,7 @@ What a reader needs at once goes before what was asked for ahead.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from functools import cached_property, partial
 
 import numpy as np
@@ -44,7 +45,12 @@ class Fetching:
     def ask(self, piece: int, turn: float = NOW) -> None:
         """Have a piece fetched, before what has a later turn; errors are for who needs it."""
         block = self.pieces.block_in(piece)
-        self._asked(self.pieces.rows(piece)[0], turn).afterwards(lambda opened: opened[1].ask(block, turn))
+
+        def ask(opened: tuple[Segment, RemoteTar]) -> None:
+            with suppress(RuntimeError):  # closed meanwhile
+                opened[1].ask(block, turn)
+
+        self._asked(self.pieces.rows(piece)[0], turn).afterwards(ask)
 
     def is_settled(self, piece: int) -> bool:
         """Whether a piece that was asked for has come, or something has kept it from coming."""

@@ -119,15 +119,15 @@ class Foresight:
                     return
             try:
                 plan = next(self._plans, None)
-                rows = plan() if plan else None
+                rows, first = plan() if plan else None, self._ahead.planned == 0
+                if rows is not None:
+                    self._ask(rows)
             except BaseException as error:  # for who would have taken it
                 self._put(_raising(error), True)
                 return
             if rows is None:
                 self._put(None, True)
                 return
-            first = self._ahead.planned == 0
-            self._ask(rows)
             self._put(lambda rows=rows: rows, False)
             while first and not self._first_is_here():
                 time.sleep(FIRST_SECONDS)
