@@ -1,11 +1,15 @@
 """Bytes per second of shards at a URL, beside webdataset's `pipe:curl` and plain GETs of whole shards in parallel.
 
-A plain HTTP server on loopback, in a process of its own, waits 25 ms before each answer and then sends as fast as it
-can. Every case reads all samples of all shards once, in a process of its own that begins with nothing cached:
+A plain HTTP server on loopback, in a process of its own, waits 25 ms before each answer and then sends: once as fast as
+it can, and once at no more than 60 MB/s for each connection, as object stores do (about 50 to 100 MB/s). The limit is
+the same for every case and for the plain GETs; how many connections there are is each reader's own (millstream has 16,
+GETs as said, pipe:curl one). Without a limit the cores are the limit: server and client share them. Every case reads
+all samples of all shards once, in a process of its own that begins with nothing cached:
 
     millstream    a run's own loader, as a run has it by default: shuffled, digests compared, bytes kept on the disk
     webdataset    `pipe:curl` as its documentation has it, in the order of the shards, bytes not decoded
-    gets          4 threads that fetch whole shards into memory and do nothing with them: what the link gives
+    gets          4 threads, and 16, as many as millstream has, that fetch whole shards into memory and do nothing with
+                  them: what the link gives to so many connections
     gets, kept    the same, each shard written to a file, as a cache of whole shards does
 
 Rates count from opening the data set to the last sample, imports excluded. Each case runs once in every round, in an
@@ -43,9 +47,11 @@ import report
 
 HERE = Path(__file__).parent
 OURS, CURL, GETS, KEPT = "millstream", "webdataset, pipe:curl", "gets, 4 threads", "gets, 4 threads, kept"
-TARGETS = {CURL: 5.0, GETS: 0.8}
+MANY = "gets, 16 threads"
+TARGETS = {CURL: 5.0, GETS: 0.8, MANY: 0.8}
 SAMPLE_BYTES, BATCH = 26_000, 64
 PAUSE = 0.025  # seconds before each answer
+RATES = {"no limit": 1e12, "60 MB/s a connection": 60e6}  # bytes per second
 SEED = 7
 
 
@@ -63,9 +69,9 @@ def write(folder: Path, shards: int, shard_bytes: int) -> None:
 
 
 @contextmanager
-def served(folder: Path, pause: float) -> Iterator[str]:
+def served(folder: Path, rate: float) -> Iterator[str]:
     """The folder's URL."""
-    command = [sys.executable, "-m", "tests.data.file_server", str(folder), str(pause)]
+    command = [sys.executable, "-m", "tests.data.file_server", str(folder), str(PAUSE), "1e12", str(rate)]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -124,9 +130,9 @@ def curl(url: str, names: list[str], cache: Path) -> int:
     return sum(len(sample["bin"]) for sample in wds.WebDataset(sources, shardshuffle=False))
 
 
-def gets(url: str, names: list[str], cache: Path, keep: bool = False) -> int:
+def gets(url: str, names: list[str], cache: Path, keep: bool = False, threads: int = 4) -> int:
     """All shards whole."""
-    pool, local = _pool(4), threading.local()
+    pool, local = _pool(threads), threading.local()
 
     def one(name: str) -> int:
         answer = pool.request("GET", f"{url}/{name}", preload_content=False)
@@ -146,8 +152,8 @@ def gets(url: str, names: list[str], cache: Path, keep: bool = False) -> int:
         return total
 
     cache.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(4) as threads:
-        return sum(threads.map(one, names))
+    with ThreadPoolExecutor(threads) as executor:
+        return sum(executor.map(one, names))
 
 
 def resume(url: str, names: list[str], cache: Path) -> dict[str, float]:
@@ -179,7 +185,13 @@ def _pool(size: int) -> Any:
     return urllib3.PoolManager(maxsize=size)
 
 
-CASES: dict[str, Callable[..., Any]] = {OURS: ours, CURL: curl, GETS: gets, KEPT: partial(gets, keep=True)}
+CASES: dict[str, Callable[..., Any]] = {
+    OURS: ours,
+    CURL: curl,
+    GETS: gets,
+    MANY: partial(gets, threads=16),
+    KEPT: partial(gets, keep=True),
+}
 
 
 def case(plan: argparse.Namespace) -> None:
@@ -210,16 +222,15 @@ def run(plan: argparse.Namespace, url: str, name: str, names: list[str]) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(plan: argparse.Namespace, shard_mb: int, folder: Path) -> tuple[str, str]:
-    """Two tables for shards of one size."""
+def measure(plan: argparse.Namespace, shard_mb: int, folder: Path, limit: str) -> tuple[str, str]:
+    """Two tables for shards of one size, served with one limit."""
     shards = plan.megabytes // shard_mb
-    write(folder, shards, shard_mb * 1_000_000)
     names = [f"{shard:06d}.tar" for shard in range(shards)]
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in [*CASES, "resume"]}
-    with served(folder, PAUSE) as url:
+    with served(folder, RATES[limit]) as url:
         for number in range(plan.rounds):
             for name in random.Random(number).sample([*rounds], len(rounds)):
-                print(f"shards of {shard_mb} MB: round {number + 1} of {plan.rounds}, {name}", file=sys.stderr)
+                print(f"shards of {shard_mb} MB, {limit}: round {number + 1} of {plan.rounds}, {name}", file=sys.stderr)
                 rounds[name].append(run(plan, url, name, names))
     rows = []
     for name in CASES:
@@ -231,7 +242,7 @@ def measure(plan: argparse.Namespace, shard_mb: int, folder: Path) -> tuple[str,
         told = "" if name == OURS else f"{middle:.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
         rows.append([name, f"{statistics.median(rates):,.0f}", f"{statistics.median(work):,.0f}", told, verdict])
     header = [
-        f"{shards} shards of {shard_mb} MB",
+        f"{shards} shards of {shard_mb} MB, {limit}",
         "MB/s",
         "MB/CPU-s of the client",
         "millstream / it, median (range)",
@@ -247,7 +258,9 @@ def measure(plan: argparse.Namespace, shard_mb: int, folder: Path) -> tuple[str,
         f"{middle['round']:.3f}",
     ]
     row += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-    return first, report.table(["first batch after a resume needs", "resume, s", "round, s", "resume / round"], [row])
+    return first, report.table(
+        [f"first batch after a resume needs ({limit})", "resume, s", "round, s", "resume / round"], [row]
+    )
 
 
 def main() -> int:
@@ -266,8 +279,10 @@ def main() -> int:
     load, parts = os.getloadavg()[0], []
     for shard_mb in plan.shard_mb or (16, 128):
         with tempfile.TemporaryDirectory(prefix="millstream-remote-", dir=plan.work) as folder:
-            parts += measure(plan, shard_mb, Path(folder))
-        print("\n\n".join(parts[-2:]), end="\n\n", flush=True)
+            write(Path(folder), plan.megabytes // shard_mb, shard_mb * 1_000_000)
+            for limit in RATES:
+                parts += measure(plan, shard_mb, Path(folder), limit)
+                print("\n\n".join(parts[-2:]), end="\n\n", flush=True)
     if plan.save:
         facts = [f"{plan.rounds} rounds; {PAUSE * 1000:g} ms before each answer; samples of {SAMPLE_BYTES:,} bytes"]
         facts += ["Server, client and all else share the cores"]

@@ -11,21 +11,34 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 from pipeline.object_store import Absent, Changed, Info, Passing, Refused, StoreError, tried
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0  # without a sign of life
-CHUNK_BYTES = 1 << 20  # read at a time
+CHUNK_BYTES = 1 << 20  # read at a time, at most
+LEAST_BYTES = 64 << 10  # in READ_SECONDS: what comes more slowly is given up, or a byte now and then would never end
 REDIRECTS = 5
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be others the next time
 STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)  # of a connection that was kept
 
 T = TypeVar("T")
+
+
+class _Answer(http.client.HTTPResponse):
+    """Its `readinto` gives what has come and does not wait for the rest, so that bytes which trickle are noticed."""
+
+    def readinto(self, buffer: Any) -> int:
+        if self.fp is None or self.chunked or self.length is None:
+            return super().readinto(buffer)
+        count = self.fp.readinto1(memoryview(buffer)[: self.length])
+        self.length -= count
+        return count
 
 
 class HttpStore:
@@ -52,7 +65,15 @@ class HttpStore:
         return self._tried(name, ask)
 
     def read(self, name: str) -> bytes:
-        return self._tried(name, lambda: self._asked("GET", name).read())
+        def get() -> bytes:
+            answer = self._asked("GET", name)
+            if answer.length is None:  # it is told piece by piece
+                return answer.read()
+            content = bytearray(answer.length)
+            self._fill(answer, memoryview(content))
+            return bytes(content)
+
+        return self._tried(name, get)
 
     def fetch(self, name: str, begin: int, end: int, into: memoryview) -> str:
         return self._tried(name, lambda: self._fetch(name, begin, end, into))
@@ -63,15 +84,23 @@ class HttpStore:
             self._hang_up()
             mend = "serve the shards by one that does (nginx, an object store), or copy them to a local folder"
             raise StoreError(f"{self.url}/{name}: this server does not answer ranges of bytes; {mend}")
-        got = 0
-        while got < end - begin:
-            count = answer.readinto(into[got : min(got + CHUNK_BYTES, end - begin)])
+        self._fill(answer, into[: end - begin])
+        return _version(answer)
+
+    def _fill(self, answer: http.client.HTTPResponse, into: memoryview) -> None:
+        """The body of an answer into memory of its length. Raises Passing when it is cut, or trickles."""
+        got, counted, since = 0, 0, time.monotonic()
+        while got < len(into):
+            count = answer.readinto(into[got : got + CHUNK_BYTES])
             if not count:
-                raise Passing(f"{got} bytes came instead of {end - begin}")
-            got += count
+                raise Passing(f"{got} bytes came instead of {len(into)}")
+            got, now = got + count, time.monotonic()
+            if got - counted >= LEAST_BYTES:
+                counted, since = got, now
+            elif now - since > READ_SECONDS and got < len(into):
+                raise Passing(f"only {got - counted} bytes came in {now - since:.0f} s")
         if answer.read(1):  # more than was asked for
             self._hang_up()
-        return _version(answer)
 
     def write(self, name: str, content: bytes) -> None:
         self._read_only()
@@ -139,6 +168,7 @@ class HttpStore:
     def _connect(self, scheme: str, host: str) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
         connection = kind(host, timeout=CONNECT_SECONDS)
+        connection.response_class = _Answer
         connection.connect()
         connection.sock.settimeout(READ_SECONDS)
         with self._lock:

@@ -7,6 +7,7 @@ What a reader needs at once goes before what was asked for ahead.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from functools import cached_property, partial
 
 import numpy as np
@@ -44,7 +45,19 @@ class Fetching:
     def ask(self, piece: int, turn: float = NOW) -> None:
         """Have a piece fetched, before what has a later turn; errors are for who needs it."""
         block = self.pieces.block_in(piece)
-        self._asked(self.pieces.rows(piece)[0], turn).afterwards(lambda opened: opened[1].ask(block, turn))
+
+        def ask(opened: tuple[Segment, RemoteTar]) -> None:
+            with suppress(RuntimeError):  # closed meanwhile
+                opened[1].ask(block, turn)
+
+        self._asked(self.pieces.rows(piece)[0], turn).afterwards(ask)
+
+    def is_settled(self, piece: int) -> bool:
+        """Whether a piece that was asked for has come, or something has kept it from coming."""
+        wait = self._shards.get(self.pieces.rows(piece)[0])
+        if wait is None or not wait.is_done or wait.error is not None:
+            return wait is None or wait.is_done
+        return wait.result()[1].is_settled(self.pieces.block_in(piece))
 
     def ask_all(self, numbers: np.ndarray) -> None:
         """Have all samples int64[k] fetched now."""

@@ -6,6 +6,11 @@
 The order is a pure function, so what is needed is known as far ahead as one likes; cache_policy.Ahead says how far that
 is. When a micro batch has been used up, the pieces that no coming one needs are let go of, with the time at which the
 next epoch comes to them. Nothing here changes what is in a micro batch.
+
+Data that fit into what is asked for ahead are planned for one epoch: what follows needs the same pieces again.
+
+The first micro batch's pieces come alone: those that are needed later would share the link with them, and training
+would begin so much later.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.data.fill import MicroBatch, Rows
     from pipeline.data.reader import Dataset
 
+FIRST_SECONDS = 0.002  # how often it is looked whether the first micro batch's pieces are here
 MOST_ROWS = 1 << 20  # that are planned ahead, 24 bytes each
 SOURCE = 1 << 48  # pieces of source s are numbered from s * SOURCE
 
@@ -50,10 +56,11 @@ class Foresight:
             each.remote.stopped, each.remote.maps = False, maps
         self._ahead = Ahead(sum(each.remote.ahead_bytes for each in self._remotes))
         self._sizes = [dataset.block * dataset.index.bytes // max(1, len(dataset)) for dataset in datasets]
+        self._most_rows = min(MOST_ROWS, sum(len(dataset) for dataset in datasets))
         self._known: deque[Plan] = deque()
         self._epochs: dict[int, int] = {}  # piece -> epoch that needs it
         self._rows, self._taken, self._began = 0, 0, time.monotonic()
-        self._ended = self._closed = False
+        self._ended = self._closed = self._rests = False
         self._wake = threading.Condition()
         threading.Thread(target=self._look, name="foresight", daemon=True).start()
 
@@ -88,6 +95,12 @@ class Foresight:
                 turns = self._again(source, epoch, fetching.pieces.first_sample(piece)) if self._again else None
                 fetching.release(piece, None if turns is None else time.time() + pace * max(0.0, turns - self._taken))
 
+    @property
+    def is_far(self) -> bool:
+        """Whether all is asked for that shall be asked for now."""
+        with self._wake:
+            return self._ended or (self._rests and not self._may_look())
+
     def close(self) -> None:
         """Nobody waits for bytes any more."""
         with self._wake:
@@ -99,27 +112,41 @@ class Foresight:
     def _look(self) -> None:
         while True:
             with self._wake:
+                self._rests = True
                 self._wake.wait_for(self._may_look)
+                self._rests = False
                 if self._closed:
                     return
             try:
                 plan = next(self._plans, None)
-                rows = plan() if plan else None
+                rows, first = plan() if plan else None, self._ahead.planned == 0
+                if rows is not None:
+                    self._ask(rows)
             except BaseException as error:  # for who would have taken it
                 self._put(_raising(error), True)
                 return
             if rows is None:
                 self._put(None, True)
                 return
-            self._ask(rows)
             self._put(lambda rows=rows: rows, False)
+            while first and not self._first_is_here():
+                time.sleep(FIRST_SECONDS)
 
     def _may_look(self) -> bool:
         if self._closed or not self._known:
             return True
         if any(each.remote.cache.is_off() for each in self._remotes):  # what comes ahead stays in memory
             self._ahead.most = min(self._ahead.most, LEAST_AHEAD * BLOCK_BYTES)
-        return self._ahead.has_room and self._rows * (1 + len(self._known)) < MOST_ROWS
+        return self._ahead.has_room and self._rows * (1 + len(self._known)) < self._most_rows
+
+    def _first_is_here(self) -> bool:
+        """Or has failed, or nobody waits for it any more."""
+        with self._wake:
+            if self._taken or self._closed:
+                return True
+            pieces = [divmod(piece, SOURCE) for piece in self._epochs]
+        fetchings = [(self._datasets[source].remote, piece) for source, piece in pieces]
+        return all(fetching.is_settled(piece) for fetching, piece in fetchings if fetching is not None)
 
     def _put(self, plan: Plan | None, last: bool) -> None:
         with self._wake:

@@ -86,7 +86,7 @@ class Worker:
     """One worker's loader. turns: the pieces of each of its micro batches.  per_step: of its micro batches.
 
     counted: turns whose bytes are of the steps that are looked at; those behind them are only looked ahead to.  depth:
-    micro batches that are read before they are asked for.
+    micro batches that are read before they are asked for.  most: turns that are planned ahead of those.
     """
 
     turns: Sequence[list[int]]
@@ -94,6 +94,7 @@ class Worker:
     per_step: int
     depth: int
     ahead: Ahead
+    most: int = 1 << 60
     planned: int = 0
     asked: int = 0  # micro batches that training has asked for
     loaded: int = 0
@@ -126,7 +127,7 @@ class Node:
         self.workers, self.pieces, self.link, self.capacity = workers, pieces, link, capacity
         self.decode, self.listed = decode, listed
         self.fetched, self.beyond, self.requests, self.held, self.most_held, self.now = 0, 0, 0, 0, 0, 0.0
-        self._early: set[int] = set()  # pieces that no turn that counts has needed
+        self._early: dict[int, int] = {}  # pieces that no turn that counts has needed -> their bytes in `beyond`
         self._there: dict[int, int] = {}  # pieces in the cache, with their bytes
         self._requested: set[int] = set()
         self._indexes: set[int] = set()  # of shards, in the cache
@@ -170,12 +171,22 @@ class Node:
         turn = worker.loaded
         begins = not worker.reading and turn < min(len(worker.turns), worker.asked + worker.depth)
         begun = turn + (begins or worker.reading)
-        while worker.planned < len(worker.turns) and (worker.planned <= begun or worker.ahead.has_room):
+        # the pieces of the first micro batch come alone
+        first = turn == 0 and (begins or bool(worker.missing))
+        while worker.planned < len(worker.turns) and (
+            worker.planned < begun
+            or (
+                not first
+                and (worker.planned <= begun or (worker.ahead.has_room and worker.planned - begun < worker.most))
+            )
+        ):
             needed = {piece: self.pieces[piece].block for piece in worker.turns[worker.planned]}
             if worker.planned < worker.counted:
-                self._early -= needed.keys()
+                for piece in needed:  # another worker may have looked ahead to it
+                    size = self._early.pop(piece, 0)
+                    self.fetched, self.beyond = self.fetched + size, self.beyond - size
             else:
-                self._early |= needed.keys() - self._pins.keys()
+                self._early |= dict.fromkeys(needed.keys() - self._pins.keys() - self._early.keys(), 0)
             for piece in worker.ahead.plan(needed):
                 self._pins[piece] = self._pins.get(piece, 0) + 1
                 self._want(worker, piece)
@@ -225,6 +236,7 @@ class Node:
     def _count_bytes(self, piece: int, size: int) -> None:
         if piece in self._early:
             self.beyond += size
+            self._early[piece] += size
         else:
             self.fetched += size
 
@@ -244,6 +256,7 @@ class Node:
                 worker.missing.discard(piece)
                 if not worker.missing:
                     self._at(self.now + self.decode, partial(self._decoded, worker))
+                    self._go_on(worker)
         self._request(requester)
 
     def _decoded(self, worker: Worker) -> None:

@@ -207,6 +207,11 @@ class RemoteTar:
                 self.remote.crew.ask(wait, partial(self._bring, block), turn)
             return wait
 
+    def is_settled(self, block: int) -> bool:
+        """Whether a block that was asked for has come, or has failed."""
+        wait = self._waits.get(block)
+        return block in self._here or (wait is not None and wait.is_done)
+
     def again(self, row: int) -> None:
         """Fetch the piece of a sample past the cache: its bytes are not those that were indexed.
 
@@ -221,7 +226,7 @@ class RemoteTar:
                 f"{self.remote.place}/{self.shard.name}: was replaced at its place while it is read; put it back, or "
                 "start a new run on the new data"
             )
-        self._map(begin, end, self._get(begin, end))
+        self._map(begin, end, self._get(begin, end), again=True)
 
     @property
     def blocks(self) -> list[int]:
@@ -254,12 +259,12 @@ class RemoteTar:
         load = partial(self.remote.fetch, self.shard.name, self.version)
         return self.remote.cache.get(self._key, begin, end, load)
 
-    def _map(self, begin: int, end: int, held: Held) -> None:
+    def _map(self, begin: int, end: int, held: Held, again: bool = False) -> None:
         if held.content is not None:
-            self.span.fill(begin, end, held.content)
+            self.span.fill(begin, end, held.content, again)
             return
         try:
-            self.span.map(begin, end, held.file)
+            self.span.map(begin, end, held.file, again)
         finally:
             os.close(held.file)
 

@@ -206,5 +206,6 @@ def _node(
     for each, count in zip(found, per_step):
         edges = np.flatnonzero(np.diff(each.turns)) + 1
         turns = [part.tolist() for part in np.split(each.sources * span + each.pieces, edges)]
-        workers.append(Worker(turns, steps * count, count, max(of.prefetch, count), Ahead(most)))
+        far = sum(each.samples for each in sets) // of.micro_batch  # as foresight.py
+        workers.append(Worker(turns, steps * count, count, max(of.prefetch, count), Ahead(most), far))
     return Node(workers, pieces, of.link, of.cache, of.decode_seconds, of.listed)

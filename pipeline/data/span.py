@@ -39,17 +39,20 @@ class Span:
         self._edges: Counter[int] = Counter()  # pages that are copied -> pieces that have them
         self._lock = threading.Lock()
 
-    def map(self, begin: int, end: int, file: int) -> None:
-        """Bytes `begin` to `end`, from page to page or to the end of all, from an open file that holds just them."""
+    def map(self, begin: int, end: int, file: int, again: bool = False) -> None:
+        """Bytes `begin` to `end`, from page to page or to the end of all, from an open file that holds just them.
+
+        again: in place of bytes that are here and are wrong.
+        """
         first, last, inner = self._pages(begin, end)
         with self._lock:
             if inner > 0:
                 self._place(first + 1, inner, mmap.PROT_READ, mmap.MAP_SHARED | _FIXED, file, PAGE)
             for page in {first, last}:
                 at = page * PAGE
-                self._copy(page, os.pread(file, min(PAGE, end - at), at - begin))
+                self._copy(page, os.pread(file, min(PAGE, end - at), at - begin), again)
 
-    def fill(self, begin: int, end: int, content: memoryview) -> None:
+    def fill(self, begin: int, end: int, content: memoryview, again: bool = False) -> None:
         """The same from memory."""
         first, last, inner = self._pages(begin, end)
         with self._lock:
@@ -57,7 +60,7 @@ class Span:
                 self._write(first + 1, inner, content[PAGE : PAGE + inner * PAGE])
             for page in {first, last}:
                 at = page * PAGE
-                self._copy(page, content[at - begin : at - begin + min(PAGE, end - at)])
+                self._copy(page, content[at - begin : at - begin + min(PAGE, end - at)], again)
 
     def drop(self, begin: int, end: int) -> None:
         """Let go of them; nobody looks at them any more."""
@@ -76,10 +79,14 @@ class Span:
         first, last = begin // PAGE, (end - 1) // PAGE
         return first, last, last - first - 1
 
-    def _copy(self, page: int, content: bytes | memoryview) -> None:
-        """A page that pieces may share. One that is here already has the same bytes, or worse ones."""
-        self._edges[page] += 1
-        self._write(page, 1, content, anew=self._edges[page] == 1)
+    def _copy(self, page: int, content: bytes | memoryview, again: bool) -> None:
+        """A page that pieces may share. One that is here stays as it is: the digests of samples in it may have been
+        compared already, and this piece's copy of it may be a bad one.
+        """
+        here = self._edges[page] > 0
+        self._edges[page] += not (here and again)
+        if again or not here:
+            self._write(page, 1, content, anew=not here)
 
     def _write(self, page: int, count: int, content: bytes | memoryview, anew: bool = True) -> None:
         both = mmap.PROT_READ | mmap.PROT_WRITE

@@ -2,7 +2,7 @@
 
 As a program it serves a folder from a process of its own, for benchmarks, and says its port:
 
-    python -m tests.data.file_server FOLDER PAUSE_SECONDS [BYTES_PER_SECOND]
+    python -m tests.data.file_server FOLDER PAUSE_SECONDS [BYTES_PER_SECOND [OF_EACH_CONNECTION]]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Asked(NamedTuple):
 
 
 SLICE_SECONDS = 0.002  # of the bandwidth, that an answer sends before others have their turn
+RATE_SECONDS = 0.01  # the same, of the rate of one connection
 
 Fault = Callable[[Asked, int], "Answer | None"]
 """(request, how many came before it) -> what to answer instead of the truth."""
@@ -49,14 +50,23 @@ class Answer(NamedTuple):
 class FileServer(ThreadingHTTPServer):
     """Serves `folder` until it is closed. asked: all requests so far.
 
-    bandwidth: bytes per second, which all answers share.
+    bandwidth: bytes per second, which all answers share.  rate: bytes per second of each connection, as object stores
+    limit them.
     """
 
     daemon_threads, request_queue_size = True, 256
 
-    def __init__(self, folder: Path, pause: float = 0.0, fault: Fault | None = None, bandwidth: float = 1e12) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pause: float = 0.0,
+        fault: Fault | None = None,
+        bandwidth: float = 1e12,
+        rate: float = 1e12,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.pause, self.fault, self.bandwidth = folder, pause, fault, bandwidth
+        self.rate = rate
         self._free, self._turn = 0.0, threading.Lock()  # when the link has sent all that it was given
         self.asked: list[Asked] = []
         self.etag: Callable[[os.stat_result], str] | None = lambda info: f'"{info.st_size:x}-{info.st_mtime_ns:x}"'
@@ -76,7 +86,7 @@ class FileServer(ThreadingHTTPServer):
 
     def slice(self, left: int) -> int:
         """Wait until some of the `left` bytes of an answer may be sent: how many."""
-        size = min(left, max(1, int(self.bandwidth * SLICE_SECONDS)))
+        size = min(left, max(1, int(self.bandwidth * SLICE_SECONDS)), max(1, int(self.rate * RATE_SECONDS)))
         with self._turn:
             now = time.monotonic()
             self._free = max(self._free, now) + size / self.bandwidth
@@ -136,9 +146,11 @@ class _Handler(BaseHTTPRequestHandler):
                 file.seek(begin)
                 self._badly(file.read(end - begin), fault)
             elif method == "GET":
+                due = time.monotonic()  # of what comes next, at this connection's rate
                 while begin < end:
-                    size = self.server.slice(end - begin)
-                    begin += os.sendfile(self.connection.fileno(), file.fileno(), begin, size)
+                    size = os.sendfile(self.connection.fileno(), file.fileno(), begin, self.server.slice(end - begin))
+                    begin, due = begin + size, due + size / self.server.rate
+                    time.sleep(max(0.0, due - time.monotonic()))
 
     def _badly(self, content: bytes, fault: Answer) -> None:
         content = fault.content(content) if fault.content else content
@@ -167,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    pause, bandwidth = (float(each) for each in [*sys.argv[2:], "1e12"][:2])
-    with FileServer(Path(sys.argv[1]), pause, bandwidth=bandwidth) as server:
+    pause, bandwidth, rate = (float(each) for each in [*sys.argv[2:], "1e12", "1e12"][:3])
+    with FileServer(Path(sys.argv[1]), pause, bandwidth=bandwidth, rate=rate) as server:
         print(server.server_port, flush=True)
         threading.Event().wait()

@@ -113,6 +113,39 @@ def test_order_is_the_slow_one_and_each_epoch_holds_every_sample_once(order: Ord
     assert len(seen) == total
 
 
+def slow_about(order: Order, epoch: int, number: int) -> tuple[int, int, int]:
+    """The lane of a sample in an epoch, its lane position, and the samples that the lane has of that epoch."""
+    for lane in range(order.lanes):
+        numbers = slow_epoch(order, epoch)[lane]
+        if number in numbers:
+            before = sum(len(slow_epoch(order, earlier)[lane]) for earlier in range(epoch))
+            return lane, before + numbers.index(number), len(numbers)
+    raise AssertionError
+
+
+@given(orders, st.integers(0, 2), st.data())
+@settings(max_examples=150, deadline=None)
+def test_where_a_sample_comes_is_known_to_within_a_window(order: Order, epoch: int, data):
+    number = data.draw(st.integers(0, order.samples - 1))
+    lane, position, count = slow_about(order, epoch, number)
+    found, about = order.about(epoch, number)
+    window = order.window_blocks * order.block
+    longest = ceil(count / max(1, int(count / window + 0.5)))  # of the windows that the lane has in this epoch
+    assert found == lane and abs(about - position) < longest
+
+
+@given(orders, st.integers(0, 2))
+@settings(max_examples=60, deadline=None)
+def test_before_windows_are_shuffled_a_sample_comes_just_where_it_is_said(order: Order, epoch: int):
+    """All samples of an epoch are said to come at places of their own, each lane's without a gap."""
+    said = sorted(order.about(epoch, number) for number in range(order.samples))
+    expected = []
+    for lane in range(order.lanes):
+        before = sum(len(slow_epoch(order, earlier)[lane]) for earlier in range(epoch))
+        expected += [(lane, before + place) for place in range(len(slow_epoch(order, epoch)[lane]))]
+    assert said == expected
+
+
 @given(orders, st.integers(1, 4), st.integers(1, 5), st.integers(0, 40), st.data())
 @settings(max_examples=60, deadline=None)
 def test_rows_are_lanes_side_by_side_at_every_split(order: Order, depth: int, step_count: int, first: int, data):
