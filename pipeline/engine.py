@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import initial, muon, optim
+from pipeline import initial, muon, optim, reduction
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.loss_scale import LossScale
@@ -179,10 +179,8 @@ class Engine:
         """
         factor = (self.world.world_size if self.stage == 3 else 1) / (self.loss_scale or 1.0)
         for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                gradient = safe_get_full_grad(parameter)
-                if gradient is not None:
-                    yield optim.canonical(name), gradient.detach() * factor
+            if parameter.requires_grad and (gradient := safe_get_full_grad(parameter)) is not None:
+                yield optim.canonical(name), gradient.detach() * factor
 
     def check_hyperparameters(self) -> None:
         """Raises RunError when a group's settings are not those it was built with (a restore must not touch them)."""
@@ -260,6 +258,7 @@ def build(config: Config, model: nn.Module, world: World, weights: initial.Weigh
         initial.fill(model, world, weights, cut if config.zero.stage == 3 else None, dtype)
     optimizer = optim.build(config.optim, groups, config.zero.offload_optimizer is not None)
     parts = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    reduction.in_order(parts[0].optimizer)
     engine = Engine(config, world, parts[0])
     for group, tensor in engine.optimizer_tensors():
         optim.allocate(engine.optimizer, group, tensor, average=config.ema is not None)

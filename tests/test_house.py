@@ -35,6 +35,7 @@ LAYERS = [
         "muon",
         "optim",
         "loss_scale",
+        "reduction",
         "zero",
         "engine",
         "ema",
