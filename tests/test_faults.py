@@ -1,4 +1,4 @@
-"""The table of faults is true: 29 rows, and every test that it names is there."""
+"""The table of faults is true: 30 rows, and every test that it names is there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FAULTS = 29
+FAULTS = 30
 
 
 def rows() -> list[list[str]]:
