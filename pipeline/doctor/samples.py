@@ -168,7 +168,7 @@ def _prepare(
         substituted = config.data.bad_samples == "substitute" and not place.startswith("data.evaluate")
         share = f"{len(bad)} of {looked} samples that were looked into are bad"
         if substituted:
-            message = f"{share}, and others take their place: {bad[0]}"
+            message = f"{share}, and others are substituted for them: {bad[0]}"
             report.add("warning", PART, place, message, "`millstream data repair` writes the set without them")
         else:
             message = f"{share}: " + "\n      ".join(bad[:SHOWN])
