@@ -16,10 +16,10 @@ from torch import nn
 
 
 def in_order(optimizer: Any) -> None:
-    """Let DeepSpeed's optimizer of ZeRO-1 or 2 take gradients in the order of the parameters reversed, on all ranks.
+    """Let DeepSpeed's optimizer of ZeRO-1 or 2 take the same gradients in the same order on all ranks.
 
     A parameter without a gradient on this rank gets one of zeros, as another rank may have one. Other optimizers are
-    left alone: ZeRO-0 does both itself, and at ZeRO-3 passes must run alike on all ranks to begin with.
+    left alone: at ZeRO-0 gradients stay where they are, and at ZeRO-3 passes must run alike on all ranks to begin with.
     """
     if not hasattr(optimizer, "bit16_groups"):
         return
@@ -31,6 +31,7 @@ def in_order(optimizer: Any) -> None:
 
 
 def _while_they_come(optimizer: Any, order: list[tuple[nn.Parameter, int]]) -> None:
+    """ZeRO-2, and ZeRO-1 with overlap_comm, take them in the order in which they come."""
     take, end = optimizer.process_gradients, optimizer.independent_gradient_partition_epilogue
     place = {id(parameter): at for at, (parameter, _) in enumerate(order)}
     come: set[int] = set()

@@ -105,6 +105,13 @@ class Worker:
     open: dict[int, list[tuple[int, int]] | None] = field(default_factory=dict)  # shard -> what waits; None: open
     in_flight: int = 0
 
+    def plans(self, begun: int, alone: bool) -> bool:
+        """Whether to plan one turn more, when `begun` have been begun; alone: these shall have the link for now."""
+        ahead = self.planned - begun
+        if ahead < 0 or alone:
+            return ahead < 0
+        return ahead == 0 or (self.ahead.has_room and ahead < self.most)
+
 
 class Node:
     """Workers that share a cache and a link. pieces: all that they use.
@@ -173,13 +180,7 @@ class Node:
         begun = turn + (begins or worker.reading)
         # the pieces of the first micro batch come alone
         first = turn == 0 and (begins or bool(worker.missing))
-        while worker.planned < len(worker.turns) and (
-            worker.planned < begun
-            or (
-                not first
-                and (worker.planned <= begun or (worker.ahead.has_room and worker.planned - begun < worker.most))
-            )
-        ):
+        while worker.planned < len(worker.turns) and worker.plans(begun, first):
             needed = {piece: self.pieces[piece].block for piece in worker.turns[worker.planned]}
             if worker.planned < worker.counted:
                 for piece in needed:  # another worker may have looked ahead to it
