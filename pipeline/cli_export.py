@@ -55,4 +55,4 @@ def export(
     )
     for note in done.notes:
         terminal.warn(note)
-    terminal.say(f"open it: {done.library}.{done.opener}.from_pretrained({str(done.folder)!r})")
+    terminal.say(f"open it: {done.package}.{done.opener}.from_pretrained({str(done.folder)!r})")

@@ -44,7 +44,7 @@ WATCH_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `files`: bytes by name; `opener`: the class of `library` that opens it; `notes`: a line for
+    """What was written. `files`: bytes by name; `opener`: the class of `package` that opens it; `notes`: a line for
     each thing to know.
     """
 
@@ -54,7 +54,7 @@ class Exported:
     dtype: str
     files: dict[str, int]
     tensors: int
-    library: str
+    package: str
     opener: str
     notes: list[str]
 
@@ -98,8 +98,8 @@ def export(
         disk.discard(staging)
         raise
     files = {each.relative_to(staging).as_posix(): size for each, size in sizes.items()}
-    library = exported.library(plan.module)
-    return Exported(folder, path, manifest.step, dtype, files, len(plan.outputs), library, opener, notes)
+    package = exported.package(plan.module)
+    return Exported(folder, path, manifest.step, dtype, files, len(plan.outputs), package, opener, notes)
 
 
 def _open(source: Path) -> tuple[Path, Manifest]:

@@ -145,7 +145,7 @@ def _tensors(path: Path, manifest: Manifest, module: nn.Module, dtype: torch.dty
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"not exported: {path} is not the {type(module).__name__} that {exported.library(module)} builds, which "
+            f"not exported: {path} is not the {type(module).__name__} that {exported.package(module)} builds, which "
             "would open as another network (were its layers exchanged, as `task.norm: group` does?): "
             f"{'; '.join(wrong[:3])}{more}"
         )

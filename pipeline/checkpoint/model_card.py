@@ -61,7 +61,7 @@ def write_beside(plan: Plan, path: Path, manifest: Manifest, staging: Path, fold
     page = PAGE.format(
         run=manifest.config.get("name", "a run"),
         step=manifest.step,
-        library=exported.library(plan.module),
+        library=exported.package(plan.module),
         opener=opener,
         first=f"    import {needs}\n" if needs else "",
         model="pipeline" if opener.endswith("Pipeline") else "model",

@@ -30,7 +30,7 @@ PART = "unet"  # folder and name of the network in it
 def describe(module: nn.Module) -> dict[str, Any]:
     """The config.json of a network of transformers or diffusers; {} of any other module."""
     config: Any = getattr(module, "config", None)
-    if library(module) == "diffusers" and hasattr(module, "to_json_string"):
+    if package(module) == "diffusers" and hasattr(module, "to_json_string"):
         return json.loads(module.to_json_string())  # type: ignore[operator]
     if not hasattr(config, "to_json_string") or not hasattr(module, "all_tied_weights_keys"):
         return {}
@@ -69,7 +69,7 @@ def rebuild(description: Mapping[str, Any]) -> nn.Module:
 
 def stored(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Name in the folder -> (name in the module, tensor), each tensor once, in the module's order."""
-    if library(module) == "diffusers":
+    if package(module) == "diffusers":
         return {name: (name, tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -85,7 +85,7 @@ def stored(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
 
 def write_settings(module: nn.Module, folder: Path, dtype: str) -> None:
     """config.json, and generation_config.json where the network can generate."""
-    if library(module) == "diffusers":
+    if package(module) == "diffusers":
         module.save_config(folder / PART)  # type: ignore[operator]
         return
     from transformers import GenerationConfig
@@ -128,20 +128,20 @@ def write_image_processor(folder: Path, size: int, share: float, mean: list[floa
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def library(module: nn.Module) -> str:
+def package(module: nn.Module) -> str:
     """The package that opens its folder: "diffusers" for a class of that, else "transformers"."""
     return "diffusers" if type(module).__module__.startswith("diffusers.") else "transformers"
 
 
 def weights_name(module: nn.Module) -> str:
     """Where the weights lie in the folder, without the extension and the number of a part."""
-    return f"{PART}/diffusion_pytorch_model" if library(module) == "diffusers" else "model"
+    return f"{PART}/diffusion_pytorch_model" if package(module) == "diffusers" else "model"
 
 
 def opener(module: nn.Module, folder: Path) -> str:
     """The class of its library to open the folder with, once all but the tensors has been written into it."""
     name = type(module).__name__
-    if library(module) == "diffusers":
+    if package(module) == "diffusers":
         if not (folder / PIPELINE).is_file():
             return name
         return json.loads((folder / PIPELINE).read_text(encoding="utf-8"))["_class_name"]

@@ -58,7 +58,7 @@ def saved(network: diffusers.UNet2DModel, root: Path, **changes: str) -> Path:
 @pytest.mark.parametrize("shard_bytes", [10**9, 5000])
 def test_diffusers_opens_it_to_the_bit(network: diffusers.UNet2DModel, tmp_path: Path, shard_bytes: int) -> None:
     done = export(saved(network, tmp_path / "checkpoints"), tmp_path / "out", shard_bytes=shard_bytes)
-    assert (done.library, done.opener, done.notes) == ("diffusers", "UNet2DModel", [])
+    assert (done.package, done.opener, done.notes) == ("diffusers", "UNet2DModel", [])
     assert sum(name.endswith(".safetensors") for name in done.files) == 1 or shard_bytes == 5000
     model = diffusers.UNet2DModel.from_pretrained(done.folder, subfolder="unet", local_files_only=True).eval()
     state = model.state_dict()
