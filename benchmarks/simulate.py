@@ -30,11 +30,11 @@ import numpy as np
 import report
 
 from pipeline.config import Config, load_resolved
-from pipeline.data.node import Link
+from pipeline.data.pack.writer import Packing, silent, write_split
 from pipeline.data.reader import Sample
-from pipeline.data.simulate import Forecast, Topology, of_config, simulate
+from pipeline.data.remote.node import Link
+from pipeline.data.remote.simulate import Forecast, Topology, of_config, simulate
 from pipeline.data.stream import Stream
-from pipeline.data.writer import Packing, silent, write_split
 
 ROOT = Path(__file__).parents[1]
 SAMPLES, SAMPLE_BYTES, SHARDS = 3000, 40_000, 8

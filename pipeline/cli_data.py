@@ -51,7 +51,7 @@ def index(
     from pipeline.data.storage import is_url
 
     if is_url(folder):
-        from pipeline.data.index_url import index_url
+        from pipeline.data.remote.index_url import index_url
 
         with terminal.progress() as progress:
             told(index_url(folder, workers, progress), folder)
@@ -171,7 +171,7 @@ def repair(
     Good shards are linked, not copied. When it is stopped, the same command goes on where it was.
     """
     from pipeline import terminal
-    from pipeline.data import repair as repairer
+    from pipeline.data.pack import repair as repairer
     from pipeline.data.parallel import processes
 
     with terminal.progress() as progress, goes_on():
@@ -196,7 +196,7 @@ def merge(
     When it is stopped, the same command goes on where it was.
     """
     from pipeline import terminal
-    from pipeline.data import merge as merger
+    from pipeline.data.pack import merge as merger
 
     *sets, out = folders
     with terminal.progress() as progress, goes_on():

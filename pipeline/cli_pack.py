@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.data.pack import Kind as Known
-    from pipeline.data.tars import Chosen
-    from pipeline.data.writer import Packed
+    from pipeline.data.pack.pack import Kind as Known
+    from pipeline.data.pack.tars import Chosen
+    from pipeline.data.pack.writer import Packed
 
 CORES = os.cpu_count() or 1
 
@@ -164,7 +164,7 @@ def pack(
     When it is stopped or killed, the same command goes on where it was, and gives the same bytes.
     """
     from pipeline import cli_data, terminal
-    from pipeline.data import pack as packer
+    from pipeline.data.pack import pack as packer
 
     command = shlex.join(["millstream", *sys.argv[1:]])
     packing = packer.Packing(holdout, seed, shuffle, round(shard_mb * 1e6), 4, threads, licence, origin, command)
@@ -208,7 +208,7 @@ def _say_packed(packed: Packed) -> None:
 
 def _chosen(only: Path | None, leave_out: Path | None, prefix: bool) -> Chosen:
     """Which samples of tars are taken."""
-    from pipeline.data.tars import Chosen
+    from pipeline.data.pack.tars import Chosen
 
     if only and leave_out:
         raise typer.BadParameter("give the keys to take or those to leave out, not both", param_hint="--only")

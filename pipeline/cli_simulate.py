@@ -9,8 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.data.mixture import Mixture
-    from pipeline.data.simulate import Forecast, Topology
-    from pipeline.data.uses import Remote
+    from pipeline.data.remote.simulate import Forecast, Topology
+    from pipeline.data.remote.uses import Remote
 
 EXAMPLE = """Example: millstream data simulate configs/mix.yaml --nodes 8 --workers 8 --step-seconds 0.4
 
@@ -68,8 +68,8 @@ def simulate(
     Its own order and cache are computed; the link is a model: requests share its bandwidth evenly.
     """
     from pipeline import terminal
-    from pipeline.data import simulate as simulator
-    from pipeline.data.node import Link
+    from pipeline.data.remote import simulate as simulator
+    from pipeline.data.remote.node import Link
     from pipeline.data.storage import is_url
 
     if Path(source).suffix in CONFIGS:
@@ -96,7 +96,7 @@ def _of_config(
 ) -> tuple[Mixture, list[Remote], list[str], int, int, int]:
     """Order, data sets and their names, micro batch, workers on a node, prefetch of a YAML file's run."""
     from pipeline.config import load
-    from pipeline.data import simulate as simulator
+    from pipeline.data.remote import simulate as simulator
 
     config = load(source, [*overrides, *([f"cluster.workers={nodes * workers}"] if workers else [])])
     workers = workers or max(1, -(-config.cluster.workers // nodes))

@@ -85,7 +85,8 @@ FENCES = {
     "webdataset": ["data"],
 }
 WITHOUT_TORCH = ["config", "sections", "problems", "yaml_file", "rules", "task_file", "run", "data.index", "track"]
-WITHOUT_TORCH += ["object_store", "http_store", "store_rules", "data.remote", "data.cache", "data.cache_policy"]
+WITHOUT_TORCH += ["object_store", "http_store", "store_rules"]
+WITHOUT_TORCH += [f"data.remote.{name}" for name in ("shards", "cache", "cache_policy")]
 WITHOUT_TORCH += ["data.order", "data.draws", "data.chains", "data.mixture", "data.reader", "data.samples"]
 WITHOUT_TORCH += [
     f"checkpoint.{name}" for name in ("format", "manifest", "disk", "rollbacks", "retention", "remote", "uploads")

@@ -30,7 +30,7 @@ import torch
 import torch.multiprocessing  # teaches multiprocessing to pass tensors in shared memory
 
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes, tensor_type
-from pipeline.data.foresight import Again, Foreseen, Foresight, Prepared
+from pipeline.data.remote.foresight import Again, Foreseen, Foresight, Prepared
 
 START_BYTES = 16  # from torch's 64-byte edges: libjpeg-turbo takes 7 % longer into rows that begin at 32-byte edges
 TOGETHER_SECONDS = 0.001  # for which the taker waits for more than one micro batch, when none is there

@@ -6,8 +6,8 @@ import difflib
 from itertools import islice
 from pathlib import Path
 
+from pipeline.data.pack.work import put
 from pipeline.data.reader import Dataset, Sample
-from pipeline.data.work import put
 from pipeline.errors import DataError
 
 LOOKED = 5000  # keys among which one like the wanted one is looked for

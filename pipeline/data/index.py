@@ -31,7 +31,7 @@ from pipeline.data.storage import Folder, Storage, find_shards, map_file, open_s
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
-    from pipeline.data.cache import Place
+    from pipeline.data.remote.cache import Place
 
 OLD_ROOT = "index.json"  # of format 1
 

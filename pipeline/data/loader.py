@@ -19,8 +19,8 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.data import ahead
-from pipeline.data.cache_policy import NEVER
 from pipeline.data.fill import Fill, MicroBatch, Rows, Substitutes
+from pipeline.data.remote.cache_policy import NEVER
 from pipeline.data.samples import Lookup
 from pipeline.data.skipped import Skipped
 from pipeline.data.slow import SlowLink, SlowShard, SlowShards

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import sheet
+from pipeline.data.pack.tokenizer import load_tokenizer
 from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.sheet import Shown, Sound
 from pipeline.data.sound import Audio
 from pipeline.data.storage import Storage, beside, is_url
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
 
 COUNTED = 100_000  # samples whose class is read when no card tells,

@@ -23,18 +23,18 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pipeline.data.decode import decode
-from pipeline.data.fetching import Fetching
 from pipeline.data.index import Index, open_index
 from pipeline.data.order import block_samples
-from pipeline.data.remote import Remote, RemoteTar
+from pipeline.data.remote.fetching import Fetching
+from pipeline.data.remote.shards import Remote, RemoteTar
 from pipeline.data.segment import Field, Segment
 from pipeline.data.slow import Reads
 from pipeline.errors import DataError
 from pipeline.object_store import Absent, StoreError
 
 if TYPE_CHECKING:
-    from pipeline.data.cache import Place
     from pipeline.data.iterable import Batches
+    from pipeline.data.remote.cache import Place
 
 MAX_MAPPED = 256  # shards at once; each holds two file descriptors, of which a process often has 1,024
 RETRY_SECONDS = (0.1, 0.5, 2.0)  # pauses before a file that could not be opened is tried again

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from pipeline.data import parallel
 from pipeline.data.index import open_index
+from pipeline.data.pack.writer import Progress, silent
 from pipeline.data.root import ROOT
-from pipeline.data.writer import Progress, silent
 from pipeline.errors import DataError
 from pipeline.object_store import Store, open_store
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.data.cache_policy import IN_FLIGHT
+from pipeline.data.remote.cache_policy import IN_FLIGHT
 
 if TYPE_CHECKING:
-    from pipeline.data.remote import Remote
+    from pipeline.data.remote.shards import Remote
 
 SLOWER = 10.0  # times the others' seconds for a byte
 LEAST_SECONDS = 1.0  # that were spent on it, and waited for data, before it is named

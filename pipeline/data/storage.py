@@ -1,7 +1,7 @@
 """Where the files of a data set lie: whole files by their name, read-only. Here those of a local folder, mapped.
 
-What reads a data set (index, segments, samples) asks a Storage for bytes and nothing else. remote.py is the one of a
-URL, whose tars come in pieces. Data sets are written in folders only.
+What reads a data set (index, segments, samples) asks a Storage for bytes and nothing else. remote/shards.py is
+that of a URL, whose tars come in pieces. Data sets are written in folders only.
 
 What it gives up: a mapped file cannot report an error of the disk, nor that it was cut after it was opened; the system
 ends the process then (SIGBUS). The next start compares sizes and names the shard.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
-    from pipeline.data.cache import Place
+    from pipeline.data.remote.cache import Place
 
 COMPRESSED = {  # how the name of a compressed tar ends -> the command that puts a plain .tar in its place
     **dict.fromkeys((".tar.gz", ".tgz"), "gzip -d"),
@@ -103,7 +103,7 @@ def open_storage(place: Path | str | Storage, cache: Place | None = None) -> Sto
     if not isinstance(place, Path | str):
         return place
     if is_url(place):
-        from pipeline.data.remote import Remote
+        from pipeline.data.remote.shards import Remote
 
         return Remote(str(place), cache)
     return Folder(str(place).removeprefix("file://"))

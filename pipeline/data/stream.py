@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data.cache import Place
-from pipeline.data.cache_policy import ahead_bytes, least_bytes
 from pipeline.data.decode import load_decoders
 from pipeline.data.fill import Fill, Substitutes
 from pipeline.data.loader import Loader
 from pipeline.data.mixture import Mixture, Source
 from pipeline.data.reader import Dataset, Sample, open_dataset
+from pipeline.data.remote.cache import Place
+from pipeline.data.remote.cache_policy import ahead_bytes, least_bytes
 from pipeline.data.skipped import Skipped
 from pipeline.errors import ConfigError, DataError
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.data.template import read_template
-from pipeline.data.tokenizer import decoder, load_tokenizer
+from pipeline.data.pack.template import read_template
+from pipeline.data.pack.tokenizer import decoder, load_tokenizer
 from pipeline.data.vocabulary import Vocabulary
 from pipeline.errors import ConfigError
 from pipeline.sections import Strict

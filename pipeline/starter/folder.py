@@ -17,9 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.data import corpus, pack
 from pipeline.data.decode import decode
-from pipeline.data.folders import class_files
+from pipeline.data.pack import corpus, pack
+from pipeline.data.pack.folders import class_files
 from pipeline.data.stats import Stats, stats
 from pipeline.errors import DataError
 

@@ -2,10 +2,10 @@
 
     {key}.npy, length + 1 tokens --prepare--> inputs row[:-1], targets row[1:] --> logits --> cross-entropy in fp32
 
-Rows come packed from data/text.py: every token of the text but the very first is the target of exactly one row, so
+Rows come packed from data/pack/text.py: every token of the text but the very first is the target of exactly one row, so
 sums over a held-out set are those of its whole text. They are told in bits per byte, which compares between
-tokenizers and with file compressors. Rows of chats (data/chats.py) have targets only where an answer stands. Attention
-is causal over the whole row or, with `attention: document`, over the document that a token belongs to.
+tokenizers and with file compressors. Rows of chats (data/pack/chats.py) have targets only where an answer stands.
+Attention is causal over the whole row or, with `attention: document`, over the document that a token belongs to.
 
 Batch: "tokens" int64 [m, length], "labels" int64 [m, length] (-100: no target), "bytes" int64 [m] (of text in the
 row's targets), and where documents are kept apart "positions" int64 [m, length].
@@ -160,7 +160,7 @@ class Task:
         """
         from torch.nn import functional
 
-        from pipeline.data.tokenizer import decoder
+        from pipeline.data.pack.tokenizer import decoder
         from pipeline.models import generation
 
         length = self.config.length

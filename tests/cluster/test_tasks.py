@@ -13,8 +13,8 @@ from pipeline.data import damage
 from pipeline.data import index as indexer
 from pipeline.data.damage import ShardReport
 from pipeline.data.index import open_index
-from pipeline.data.pack import pack
-from pipeline.data.writer import Packing
+from pipeline.data.pack.pack import pack
+from pipeline.data.pack.writer import Packing
 from pipeline.errors import DataError, RunError
 from tests import small_data
 from tests.small_tars import samples, write_tar

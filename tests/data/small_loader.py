@@ -13,9 +13,9 @@ import numpy as np
 from pipeline.data.fill import Fill, MicroBatch
 from pipeline.data.loader import Loader
 from pipeline.data.mixture import Mixture, Source
+from pipeline.data.pack.writer import Packing, silent, write_split
 from pipeline.data.reader import Dataset, Sample
 from pipeline.data.samples import Samples
-from pipeline.data.writer import Packing, silent, write_split
 
 SAMPLES = 103  # prime, so that nothing divides it
 BLOCK = 7

@@ -182,7 +182,7 @@ def test_the_task_s_arrays_become_tensors_as_they_are(folder: Path) -> None:
 
 
 def test_arrays_of_other_shapes_are_not_stacked(tmp_path: Path) -> None:
-    from pipeline.data.writer import Packing, silent, write_split
+    from pipeline.data.pack.writer import Packing, silent, write_split
 
     pieces = [("a", np.arange(4)), ("b", np.arange(4)), ("c", np.arange(5)), ("d", np.arange(4, dtype=np.int32))]
     samples = iter([(key, {"npy": npy(values)}) for key, values in pieces])

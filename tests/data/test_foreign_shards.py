@@ -12,8 +12,8 @@ from webdataset.writer import ShardWriter
 
 from pipeline import config as configs
 from pipeline.data import index
+from pipeline.data.pack.writer import Packing, silent, write_split
 from pipeline.data.reader import open_dataset
-from pipeline.data.writer import Packing, silent, write_split
 from pipeline.session import World
 from tests import gloo, small_data
 from tests.small_session import of_kind, records_of

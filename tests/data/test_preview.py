@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from pipeline.data import index
-from pipeline.data.arrays import Arrays
-from pipeline.data.pack import pack_arrays
+from pipeline.data.pack.arrays import Arrays
+from pipeline.data.pack.pack import pack_arrays
+from pipeline.data.pack.text import Text, pack_text
+from pipeline.data.pack.writer import Packing
 from pipeline.data.preview import preview, write_sheet
 from pipeline.data.sheet import TILE, WAVE
-from pipeline.data.text import Text, pack_text
-from pipeline.data.writer import Packing
 from pipeline.errors import DataError
 from tests.data.test_sound import RATE, written
 from tests.small_tars import write_tar

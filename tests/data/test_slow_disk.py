@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.writer import Packing, silent, write_split
+from pipeline.data.pack.writer import Packing, silent, write_split
 from tests.data.small_loader import npy
 
 pytestmark = pytest.mark.root

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.data.pack.text import Text, pack_text
+from pipeline.data.pack.writer import Packing
 from pipeline.data.reader import open_dataset
-from pipeline.data.text import Text, pack_text
-from pipeline.data.writer import Packing
 from pipeline.errors import ConfigError
 from pipeline.models import documents
 from tests.tasks.test_language_modeling import GPT2, LENGTH, LLAMA, batch_of, built, task_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pipeline.data.chats import Chats, pack_chats
-from pipeline.data.writer import Packing
-from tests.data.test_chats import source_of, tokenizer
+from pipeline.data.pack.chats import Chats, pack_chats
+from pipeline.data.pack.writer import Packing
+from tests.data.pack.test_chats import source_of, tokenizer
 from tests.tasks.test_language_modeling import LLAMA, batch_of, built, task_of
 
 __all__ = ["tokenizer"]  # a fixture of every test here

@@ -17,11 +17,11 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from pipeline import initial
+from pipeline.data.pack.text import Text, pack_text
+from pipeline.data.pack.writer import Packing
 from pipeline.data.reader import open_dataset
-from pipeline.data.text import Text, pack_text
 from pipeline.data.token_rows import IGNORED
 from pipeline.data.vocabulary import read_vocabulary
-from pipeline.data.writer import Packing
 from pipeline.errors import ConfigError, DataError
 from pipeline.session import World
 from pipeline.tasks import Batch

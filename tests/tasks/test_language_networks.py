@@ -18,7 +18,7 @@ from pipeline.checkpoint.export import export
 from pipeline.checkpoint.format import list_checkpoints
 from pipeline.checkpoint.weights import load
 from pipeline.data import index
-from pipeline.data.text import npy
+from pipeline.data.pack.text import npy
 from pipeline.models import exported, generation
 from pipeline.prepare import prepare
 from pipeline.session import World

@@ -1,0 +1,207 @@
+"""Asks for the bytes of coming micro batches before they are needed, where data sets lie at a URL.
+
+    plans -> rows, far ahead --(pieces, in the order of their first use)--> fetched by threads
+                |-> the same rows, to whoever prepares micro batches (ahead.py)
+
+The order is a pure function, so what is needed is known as far ahead as one likes; cache_policy.Ahead says how far that
+is. When a micro batch has been used up, the pieces that no coming one needs are let go of, with the time at which the
+next epoch comes to them. Nothing here changes what is in a micro batch.
+
+Data that fit into what is asked for ahead are planned for one epoch: what follows needs the same pieces again.
+
+The first micro batch's pieces come alone: those that are needed later would share the link with them, and training
+would begin so much later.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pipeline.data.remote.cache_policy import BLOCK_BYTES, LEAST_AHEAD, Ahead
+
+if TYPE_CHECKING:
+    from pipeline.data.fill import MicroBatch, Rows
+    from pipeline.data.reader import Dataset
+
+FIRST_SECONDS = 0.002  # how often it is looked whether the first micro batch's pieces are here
+MOST_ROWS = 1 << 20  # that are planned ahead, 24 bytes each
+SOURCE = 1 << 48  # pieces of source s are numbered from s * SOURCE
+
+Plan = Callable[[], "Rows"]
+
+
+class Prepared(Protocol):
+    """Micro batches that ahead.py prepares."""
+
+    def take(self) -> MicroBatch: ...
+
+    def give_back(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Foresight:
+    """An iterator over plans that has looked far ahead of who takes them. Close it."""
+
+    def __init__(self, datasets: Sequence[Dataset], plans: Iterator[Plan], again: Again | None, maps: bool) -> None:
+        self._datasets, self._plans, self._again = datasets, plans, again
+        self._remotes = [dataset.remote for dataset in datasets if dataset.remote is not None]
+        for each in self._remotes:
+            each.remote.stopped, each.remote.maps = False, maps
+        self._ahead = Ahead(sum(each.remote.ahead_bytes for each in self._remotes))
+        self._sizes = [dataset.block * dataset.index.bytes // max(1, len(dataset)) for dataset in datasets]
+        self._most_rows = min(MOST_ROWS, sum(len(dataset) for dataset in datasets))
+        self._known: deque[Plan] = deque()
+        self._epochs: dict[int, int] = {}  # piece -> epoch that needs it
+        self._rows, self._taken, self._began = 0, 0, time.monotonic()
+        self._ended = self._closed = self._rests = False
+        self._wake = threading.Condition()
+        threading.Thread(target=self._look, name="foresight", daemon=True).start()
+
+    def __iter__(self) -> Foresight:
+        return self
+
+    def __next__(self) -> Plan:
+        with self._wake:
+            self._wake.wait_for(lambda: self._known or self._ended or self._closed)
+            if not self._known:
+                raise StopIteration
+            self._wake.notify_all()  # whoever looks ahead may have waited for room here
+            return self._known.popleft()
+
+    def take(self) -> None:
+        """A micro batch was taken by who trains on it."""
+        with self._wake:
+            self._ahead.take(self._taken)
+            self._taken += 1
+            self._wake.notify_all()
+
+    def give_back(self) -> None:
+        """Those that were taken are not looked at any more."""
+        with self._wake:
+            over = self._ahead.passed(self._taken)
+            epochs = [self._epochs.pop(piece, 0) for piece in over]
+            pace = (time.monotonic() - self._began) / max(1, self._taken)
+        for piece, epoch in zip(over, epochs):
+            source, piece = divmod(piece, SOURCE)
+            fetching = self._datasets[source].remote
+            if fetching is not None:
+                turns = self._again(source, epoch, fetching.pieces.first_sample(piece)) if self._again else None
+                fetching.release(piece, None if turns is None else time.time() + pace * max(0.0, turns - self._taken))
+
+    @property
+    def is_far(self) -> bool:
+        """Whether all is asked for that shall be asked for now."""
+        with self._wake:
+            return self._ended or (self._rests and not self._may_look())
+
+    def close(self) -> None:
+        """Nobody waits for bytes any more."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        for each in self._remotes:
+            each.remote.stopped = True
+
+    def _look(self) -> None:
+        while True:
+            with self._wake:
+                self._rests = True
+                self._wake.wait_for(self._may_look)
+                self._rests = False
+                if self._closed:
+                    return
+            try:
+                plan = next(self._plans, None)
+                rows, first = plan() if plan else None, self._ahead.planned == 0
+                if rows is not None:
+                    self._ask(rows)
+            except BaseException as error:  # for who would have taken it
+                self._put(_raising(error), True)
+                return
+            if rows is None:
+                self._put(None, True)
+                return
+            self._put(lambda rows=rows: rows, False)
+            while first and not self._first_is_here():
+                time.sleep(FIRST_SECONDS)
+
+    def _may_look(self) -> bool:
+        if self._closed or not self._known:
+            return True
+        if any(each.remote.cache.is_off() for each in self._remotes):  # what comes ahead stays in memory
+            self._ahead.most = min(self._ahead.most, LEAST_AHEAD * BLOCK_BYTES)
+        return self._ahead.has_room and self._rows * (1 + len(self._known)) < self._most_rows
+
+    def _first_is_here(self) -> bool:
+        """Or has failed, or nobody waits for it any more."""
+        with self._wake:
+            if self._taken or self._closed:
+                return True
+            pieces = [divmod(piece, SOURCE) for piece in self._epochs]
+        fetchings = [(self._datasets[source].remote, piece) for source, piece in pieces]
+        return all(fetching.is_settled(piece) for fetching, piece in fetchings if fetching is not None)
+
+    def _put(self, plan: Plan | None, last: bool) -> None:
+        with self._wake:
+            if plan is not None:
+                self._known.append(plan)
+            self._ended = last
+            self._wake.notify_all()
+
+    def _ask(self, rows: Rows) -> None:
+        needed: dict[int, int] = {}
+        for source, dataset in enumerate(self._datasets):
+            if dataset.remote is not None:
+                mine = rows.sources == source
+                pieces = dataset.remote.pieces.of(rows.numbers[mine])
+                distinct, first = np.unique(pieces, return_index=True)
+                order = np.argsort(first)
+                epochs = rows.epochs[mine][first[order]].tolist()
+                for piece, epoch in zip((source * SOURCE + distinct[order]).tolist(), epochs):
+                    needed[piece] = self._sizes[source]
+                    self._epochs[piece] = epoch
+        with self._wake:
+            turn, new = self._ahead.planned, self._ahead.plan(needed)
+            self._rows = len(rows.numbers)
+        for piece in new:
+            fetching = self._datasets[piece // SOURCE].remote
+            if fetching is not None:
+                fetching.ask(piece % SOURCE, turn)
+
+
+Again = Callable[[int, int, int], float | None]
+"""(source, epoch, sample) -> the turn of this worker in which the next epoch has about this sample; None: unknown."""
+
+
+class Foreseen:
+    """Micro batches whose bytes were asked for ahead."""
+
+    def __init__(self, prepared: Prepared, foresight: Foresight) -> None:
+        self._prepared, self._foresight = prepared, foresight
+
+    def take(self) -> MicroBatch:
+        micro = self._prepared.take()
+        self._foresight.take()
+        return micro
+
+    def give_back(self) -> None:
+        self._prepared.give_back()
+        self._foresight.give_back()
+
+    def close(self) -> None:
+        self._foresight.close()
+        self._prepared.close()
+
+
+def _raising(error: BaseException) -> Plan:
+    def plan() -> Rows:
+        raise error
+
+    return plan
