@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from pipeline.checkpoint.manifest import FileDigest
 from pipeline.errors import CheckpointError
+from pipeline.whole_file import sync
 
 PIECE = 8 << 20  # bytes that are written and hashed at a time
 BEHIND = 32  # pieces that are written and not yet hashed; they stay in memory
@@ -127,7 +128,7 @@ def free_bytes(path: Path) -> int:
         return 0
 
 
-# --- every change on the disk is one of these ---
+# --- every change on the disk is one of these, or `sync` ---
 
 
 def make_folder(path: Path) -> None:
@@ -138,15 +139,6 @@ def make_folder(path: Path) -> None:
 def rename(path: Path, target: Path) -> None:
     """Moves a folder to a name that is not taken, at once."""
     path.rename(target)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _create(path: Path) -> BinaryIO:

@@ -27,6 +27,7 @@ from typing import Any
 
 from pipeline.errors import RunError
 from pipeline.run import newest_attempt
+from pipeline.whole_file import sync
 
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 30.0
@@ -131,7 +132,7 @@ def new_attempt(folder: Path) -> int:
                 os.fsync(file.fileno())
         except FileExistsError:
             continue
-        _sync_folder(attempts)
+        sync(attempts)
         return number
 
 
@@ -239,13 +240,5 @@ def _lock(folder: Path, seconds: float = 10.0) -> Iterator[None]:
             except OSError:  # a file system without locks: see the top of this file
                 break
         yield
-    finally:
-        os.close(file)
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
     finally:
         os.close(file)

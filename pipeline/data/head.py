@@ -6,9 +6,9 @@ import difflib
 from itertools import islice
 from pathlib import Path
 
-from pipeline.data.pack.work import put
 from pipeline.data.reader import Dataset, Sample
 from pipeline.errors import DataError
+from pipeline.whole_file import put
 
 LOOKED = 5000  # keys among which one like the wanted one is looked for
 

@@ -14,7 +14,6 @@ opened. Where the tars cannot be listed cheaply, that holds for their sizes too.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +28,7 @@ from pipeline.data.root import ROOT, Shard, Shards
 from pipeline.data.segment import Segment, open_segment, scan_tar
 from pipeline.data.storage import Folder, Storage, find_shards, map_file, open_storage
 from pipeline.errors import DataError
+from pipeline.whole_file import put, sync
 
 if TYPE_CHECKING:
     from pipeline.data.remote.cache import Place
@@ -195,7 +195,7 @@ def commit(folder: Path | str, shards: Iterable[Shard]) -> Index:
     path = folder / ROOT
     _refuse_foreign(path, root.MAGIC)
     _replace(path, root.write(table))
-    _sync(folder)  # the renames of all segments too
+    sync(folder)  # the renames of all segments too
     if _has(Folder(folder), OLD_ROOT):
         (folder / OLD_ROOT).unlink()
     notes.remove(folder)
@@ -261,24 +261,10 @@ def _refuse_foreign(path: Path, magic: bytes) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     """Put a whole file in its place, or leave what was there. What a kill leaves is written over the next time."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        put(path, [content])
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(
             f"{path}: the index cannot be written ({error.strerror}); indexes lie beside their shards, so give "
             "write permission and space there, or copy the shards"
         ) from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

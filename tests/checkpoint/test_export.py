@@ -26,9 +26,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import pipeline
-from pipeline import cli_export, tasks
+from pipeline import tasks
 from pipeline.checkpoint import weights
 from pipeline.checkpoint.export import Exported, export
+from pipeline.cli import export as cli_export
 from pipeline.data import augment
 from pipeline.errors import CheckpointError
 from tests.checkpoint.small_export import CASES, Saved, train_cases, written_anew

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli_submit
+from pipeline.cli import submit as cli_submit
 from pipeline.cluster import lease
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError

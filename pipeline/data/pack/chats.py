@@ -29,7 +29,7 @@ from pipeline.data.pack.source import fingerprint
 from pipeline.data.pack.template import FILE, SETTINGS, Template, read_template
 from pipeline.data.pack.text import npy
 from pipeline.data.pack.tokenizer import end_of_text, load_tokenizer
-from pipeline.data.pack.work import Work, put, work_folder
+from pipeline.data.pack.work import Work, work_folder
 from pipeline.data.pack.writer import (
     MEMBER_BYTES,
     Packed,
@@ -46,6 +46,7 @@ from pipeline.data.pack.writer import (
 )
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import DataError
+from pipeline.whole_file import put
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

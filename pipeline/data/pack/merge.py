@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from pipeline.data import root
 from pipeline.data.index import Index, open_index, read_segment
-from pipeline.data.pack.work import json_bytes, link, put, read_json, work_folder
+from pipeline.data.pack.work import json_bytes, link, read_json, work_folder
 from pipeline.data.pack.writer import Progress, silent
 from pipeline.data.root import ROOT, Shard
 from pipeline.errors import DataError
+from pipeline.whole_file import put
 
 ALIKE = ("classes.json", "tokenizer.json")  # must be the same in all sets
 OF_TEXT = ("vocab_size", "length", "eot_id")  # of text.json, too

@@ -34,7 +34,7 @@ from pipeline.data.pack.spool import Spool
 from pipeline.data.pack.table import table_source
 from pipeline.data.pack.tars import Chosen, tar_source
 from pipeline.data.pack.text import Text, pack_text
-from pipeline.data.pack.work import put, refuse_existing, work_folder
+from pipeline.data.pack.work import refuse_existing, work_folder
 from pipeline.data.pack.writer import (
     Packed,
     Packing,
@@ -50,6 +50,7 @@ from pipeline.data.pack.writer import (
 )
 from pipeline.data.parallel import Mapping
 from pipeline.errors import DataError
+from pipeline.whole_file import put
 
 Kind = Literal["images", "audio", "arrays", "table", "tars", "text", "chats"]
 CALLED: dict[Kind, str] = {"text": "text files", "audio": "sounds", "table": "tables"}

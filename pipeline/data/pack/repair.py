@@ -27,13 +27,14 @@ from pipeline.data.index import Index, read_root, read_segment
 from pipeline.data.pack.pieces import piece
 from pipeline.data.pack.source import Bad, Item
 from pipeline.data.pack.tars import beside, keys_of, sample
-from pipeline.data.pack.work import json_bytes, link, put, read_json, sync, work_folder
+from pipeline.data.pack.work import json_bytes, link, read_json, work_folder
 from pipeline.data.pack.writer import Progress, build_index, ended, silent
 from pipeline.data.parallel import Mapping
 from pipeline.data.root import Shard
 from pipeline.data.segment import Segment, open_segment, scan_tar
 from pipeline.data.storage import Folder, map_file
 from pipeline.errors import DataError
+from pipeline.whole_file import put, sync
 
 LEFT_OUT = "left_out.json"
 

@@ -26,11 +26,11 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from pipeline.data.pack.pieces import piece
 from pipeline.data.pack.source import Bad, Item, Source
-from pipeline.data.pack.work import put
 from pipeline.data.pack.writer import Progress, ended, name_hash
 from pipeline.data.parallel import Mapping
 from pipeline.data.segment import split_name
 from pipeline.errors import DataError
+from pipeline.whole_file import put
 
 RECORD = np.dtype([("bytes", "<u8"), ("key", "<u8"), ("name", "<u8"), ("content", "<u8"), ("label", "<i8")])
 BUFFER_BYTES = 1 << 20

@@ -26,7 +26,7 @@ import numpy as np
 from pipeline.data.pack.corpus import PATTERNS, Corpus, find_files, look_through
 from pipeline.data.pack.source import fingerprint
 from pipeline.data.pack.tokenizer import PIECE_CHARACTERS, end_of_text, is_lossless, load_tokenizer, train
-from pipeline.data.pack.work import Work, put, work_folder
+from pipeline.data.pack.work import Work, work_folder
 from pipeline.data.pack.writer import (
     MEMBER_BYTES,
     Packed,
@@ -42,6 +42,7 @@ from pipeline.data.pack.writer import (
     write_split,
 )
 from pipeline.errors import DataError
+from pipeline.whole_file import put
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

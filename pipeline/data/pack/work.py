@@ -12,12 +12,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import DataError
+from pipeline.whole_file import put, sync
 
 COPY_BYTES = 16 << 20  # at a time
 
@@ -100,29 +101,6 @@ def _follow(folder: Path, plan: bytes) -> tuple[str, ...]:
     put(path, [plan])
     changed = f"what an earlier try left in {folder} was of other files or options; it began anew"
     return (changed,) if before else ()
-
-
-def put(path: Path, chunks: Iterable[bytes | memoryview | bytearray]) -> None:
-    """Write a file so that it is whole or absent, also after a kill or a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def json_bytes(value: Any) -> bytes:

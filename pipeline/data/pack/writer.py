@@ -19,11 +19,12 @@ import numpy as np
 
 from pipeline.data import index
 from pipeline.data.pack.pieces import end, piece
-from pipeline.data.pack.work import json_bytes, put
+from pipeline.data.pack.work import json_bytes
 from pipeline.data.parallel import Mapping as Over
 from pipeline.data.root import ROOT
 from pipeline.data.storage import find_shards
 from pipeline.errors import DataError
+from pipeline.whole_file import put
 
 MEMBER_BYTES = 768  # a tar member beside its data: a header of 512, and padding to a block of 512, on average
 

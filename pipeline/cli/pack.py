@@ -163,7 +163,7 @@ def pack(
 
     When it is stopped or killed, the same command goes on where it was, and gives the same bytes.
     """
-    from pipeline import cli_data, terminal
+    from pipeline.cli import long_running, terminal
     from pipeline.data.pack import pack as packer
 
     command = shlex.join(["millstream", *sys.argv[1:]])
@@ -178,8 +178,8 @@ def pack(
     packed_by = partial(packer.pack, source, out, packing, kind=asked, arrays=arrays, text=text, chats=chats)
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
-        stack.enter_context(cli_data.goes_on())
-        mapping = stack.enter_context(cli_data.mapping(workers, address)) if workers or address else None
+        stack.enter_context(long_running.goes_on())
+        mapping = stack.enter_context(long_running.mapping(workers, address)) if workers or address else None
         packed = packed_by(columns=columns, chosen=chosen, mapping=mapping, progress=progress)
     _say_packed(packed)
 
@@ -195,7 +195,7 @@ def _kind(kind: Kind, fields: bool, chosen: bool) -> Known | None:
 
 def _say_packed(packed: Packed) -> None:
     """What was made, and what to do next."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     for warning in packed.warnings:
         terminal.warn(warning)

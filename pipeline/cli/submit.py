@@ -151,7 +151,7 @@ def k8s(
 @app.command(epilog="Example: millstream submit status digits")
 def status(run: NAME) -> None:
     """Show what became of a run that was sent. Exit code: 0 unless it failed."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.submit import submit
 
     sent = submit.find(run)
@@ -164,7 +164,7 @@ def status(run: NAME) -> None:
 @app.command(epilog="Example: millstream submit logs digits --watch")
 def logs(run: NAME, watch: WATCH = False) -> None:
     """Show what a run that was sent has said so far."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.submit import submit
 
     sent = submit.find(run)
@@ -176,7 +176,7 @@ def logs(run: NAME, watch: WATCH = False) -> None:
 @app.command(epilog="Example: millstream submit stop digits --watch")
 def stop(run: NAME, watch: WATCH = False) -> None:
     """Ask a run that was sent to finish its step, save, and end."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.submit import submit
 
     sent = submit.find(run)
@@ -218,7 +218,7 @@ def _options(given: list[str] | None, known: tuple[str, ...] | None = None) -> d
 
 def _submit(request: Request, render: bool, to: Path | None, watch: bool, force: bool) -> None:
     """Prepare, show or send. Exit code 78 with all problems, unless `force`."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.problems import InvalidConfig
     from pipeline.submit import code, submit
 
@@ -245,7 +245,7 @@ def _submit(request: Request, render: bool, to: Path | None, watch: bool, force:
 
 
 def _show(plan: Plan, to: Path | None) -> None:
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.submit import code
 
     if to is not None:
@@ -263,7 +263,7 @@ def _show(plan: Plan, to: Path | None) -> None:
 
 def _watch(sent: Sent) -> int:
     """Exit code of what became of it; Ctrl-C leaves it alone."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.submit import submit
 
     try:

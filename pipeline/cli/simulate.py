@@ -67,7 +67,7 @@ def simulate(
 
     Its own order and cache are computed; the link is a model: requests share its bandwidth evenly.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data.remote import simulate as simulator
     from pipeline.data.remote.node import Link
     from pipeline.data.storage import is_url
@@ -107,7 +107,7 @@ def _of_config(
 def _say(forecast: Forecast, topology: Topology, sets: list[Remote], names: list[str], batch: int) -> None:
     import numpy as np
 
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     of_nodes = f"nodes: {topology.nodes:,}, workers on each: {topology.workers:,}"
     part = "an epoch" if forecast.steps == forecast.epoch else f"of {forecast.epoch:,} in an epoch"
@@ -155,7 +155,7 @@ def _say(forecast: Forecast, topology: Topology, sets: list[Remote], names: list
 
 def _advise(forecast: Forecast, topology: Topology) -> None:
     """What a person may want to change."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     rest = float(forecast.waits[1:].sum())
     if topology.step_seconds and rest > 0.05 * topology.step_seconds * forecast.steps:

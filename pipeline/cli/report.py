@@ -23,7 +23,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: a list, one object a run.")] = False,
 ) -> None:
     """List runs: what became of each, how far it is, how its time was spent."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.track.page import model
 
     found = model.rows(folder)
@@ -52,7 +52,7 @@ def report(
     out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write one HTML file that shows what happened in runs, side by side. It needs nothing beside it, no network."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.run import open_run
 
     folders = list(dict.fromkeys(open_run(path).folder for path in run))
@@ -68,7 +68,7 @@ def dashboard(
     host: Annotated[str, typer.Option(help="Address to listen at; others than loopback let others read.")] = LOOPBACK,
 ) -> None:
     """Serve the page of all runs in a folder, refreshed while they train. Reads only. Ctrl-C ends it."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.errors import RunError
 
     if not folder.is_dir():

@@ -15,27 +15,16 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline import (
-    cli_checkpoint,
-    cli_data,
-    cli_doctor,
-    cli_init,
-    cli_report,
-    cli_resume,
-    cli_sample,
-    cli_submit,
-    cli_sweep,
-    cli_track,
-)
+from pipeline.cli import checkpoint, data, doctor, init, report, sample, submit, sweep, track, verify_resume
 from pipeline.errors import MillstreamError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C; `train` has a way of its own
 
 app = typer.Typer(name="millstream", no_args_is_help=True, pretty_exceptions_enable=False)
-app.add_typer(cli_data.app, name="data")
-app.add_typer(cli_checkpoint.app, name="checkpoint")
-app.add_typer(cli_track.app, name="track")
-app.add_typer(cli_submit.app, name="submit")
+app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(track.app, name="track")
+app.add_typer(submit.app, name="submit")
 
 
 def main() -> None:
@@ -43,7 +32,7 @@ def main() -> None:
     try:
         app()
     except MillstreamError as error:
-        from pipeline import terminal
+        from pipeline.cli import terminal
 
         terminal.error(error)
         sys.exit(error.exit_code)
@@ -137,7 +126,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score the held-out data sets of a run with one of its checkpoints."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     folder = _run_folder(run)
     from pipeline.cluster import driver
@@ -147,14 +136,14 @@ def evaluate(
     terminal.table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in scores.items()])
 
 
-app.command(epilog=cli_report.RUNS)(cli_report.runs)
-app.command(epilog=cli_report.REPORT)(cli_report.report)
-app.command(epilog=cli_report.DASHBOARD)(cli_report.dashboard)
-app.command("sample", epilog=cli_sample.EXAMPLE)(cli_sample.sample)
-app.command("verify-resume", epilog=cli_resume.EXAMPLE)(cli_resume.verify_resume)
-app.command("init", epilog=cli_init.EXAMPLE)(cli_init.init)
-app.command("doctor", epilog=cli_doctor.EXAMPLE)(cli_doctor.doctor)
-app.command("sweep", epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
+app.command(epilog=report.RUNS)(report.runs)
+app.command(epilog=report.REPORT)(report.report)
+app.command(epilog=report.DASHBOARD)(report.dashboard)
+app.command("sample", epilog=sample.EXAMPLE)(sample.sample)
+app.command("verify-resume", epilog=verify_resume.EXAMPLE)(verify_resume.verify_resume)
+app.command("init", epilog=init.EXAMPLE)(init.init)
+app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
+app.command("sweep", epilog=sweep.EXAMPLE)(sweep.sweep)
 
 
 def _run_folder(path: Path) -> Path:

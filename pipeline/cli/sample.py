@@ -40,8 +40,8 @@ def sample(
     """
     options = dict(map(_option, words or ()))
     from pipeline import sample as sampling
-    from pipeline import terminal
     from pipeline.checkpoint import weights
+    from pipeline.cli import terminal
 
     if output:
         sampling.refuse_existing(output)
@@ -62,7 +62,7 @@ def sample(
 
 def _print(number: int, total: int, row: Row) -> None:
     """A row's texts as they are, below each other; numbers in the line above them."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     facts = ", ".join(f"{name} {value:g}" for name, value in row.items() if isinstance(value, int | float))
     texts = {name: value for name, value in row.items() if isinstance(value, str)}

@@ -101,7 +101,7 @@ def _plain(report: Report, config: Path, seconds: float) -> dict[str, Any]:
 
 
 def _show(report: Report, config: Path, seconds: float) -> None:
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     if sys.stderr.isatty():
         sys.stderr.write("\r\033[K")

@@ -41,8 +41,8 @@ def export(
     Any ZeRO stage, any number of workers. Every byte is compared with its sha256; the folder appears whole or not.
     """
     shard_bytes = size(max_shard_size)
-    from pipeline import terminal
     from pipeline.checkpoint import export as exporting
+    from pipeline.cli import terminal
 
     with terminal.progress() as progress:
         done = exporting.export(source, folder, dtype=dtype.value, ema=ema, shard_bytes=shard_bytes, progress=progress)

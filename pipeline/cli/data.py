@@ -1,6 +1,6 @@
 """`millstream data`: index, verify, stats, preview, repair, merge, send, head, and the commands of two more files.
 
-See cli.py for how commands are written.
+See __init__.py for how commands are written.
 """
 
 from __future__ import annotations
@@ -8,19 +8,16 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import cli_pack, cli_simulate
+from pipeline.cli import pack, simulate
+from pipeline.cli.long_running import goes_on, mapping
 
 if TYPE_CHECKING:
     from pipeline.data.index import Index
-    from pipeline.data.parallel import Mapping
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -46,7 +43,7 @@ def index(
 
     When it is stopped, the same command goes on where it was.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data import index as indexer
     from pipeline.data.storage import is_url
 
@@ -76,7 +73,7 @@ def index(
 
 def told(made: Index, place: str) -> None:
     """Say what was indexed."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     size = terminal.size(made.bytes)
     terminal.say(f"indexed {len(made.shards)} shards: {made.samples:,} samples, {size}, identity {made.identity[:12]}")
@@ -89,7 +86,7 @@ def verify(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Read every byte and compare it with the index. Exit code 1 when something is damaged."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data import damage as checker
     from pipeline.data.index import read_root
     from pipeline.data.parallel import processes, threads
@@ -125,7 +122,7 @@ def stats(
     """Count what is in a data set: bytes, fields, classes and their balance, lengths, sizes of pictures, shards."""
     import json
 
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data import stats as counter
     from pipeline.data import stats_page
 
@@ -149,7 +146,7 @@ def preview(
     sheet: Annotated[Path | None, typer.Option(help="Draw them as a .html page, or pictures as a .png.")] = None,
 ) -> None:
     """Show what is in a data set: size, classes, shapes, and a few samples spread over all of it."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data import preview as previewer
 
     if sheet is None:
@@ -170,7 +167,7 @@ def repair(
 
     Good shards are linked, not copied. When it is stopped, the same command goes on where it was.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data.pack import repair as repairer
     from pipeline.data.parallel import processes
 
@@ -195,7 +192,7 @@ def merge(
 
     When it is stopped, the same command goes on where it was.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data.pack import merge as merger
 
     *sets, out = folders
@@ -221,7 +218,7 @@ def send(
 
     When it is stopped, the same command goes on where it was.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data import send as sender
 
     with terminal.progress() as progress, goes_on():
@@ -238,7 +235,7 @@ def head(
     to: Annotated[Path | None, typer.Option(help="Folder that gets its members as files.")] = None,
 ) -> None:
     """Show one sample: where it lies and what is in it; with --to, write its members to a folder."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.data import head as finder
     from pipeline.data.preview import describe
     from pipeline.data.reader import open_dataset
@@ -253,30 +250,5 @@ def head(
             terminal.say(f"wrote {path}")
 
 
-@contextmanager
-def mapping(workers: int, address: str | None) -> Iterator[Mapping]:
-    """Who works through the shards: processes here, or a Ray cluster."""
-    from pipeline.data.parallel import processes
-
-    if address is None:
-        yield processes(workers)
-        return
-    from pipeline.cluster import tasks
-
-    with tasks.connected(address) as over:
-        yield over
-
-
-@contextmanager
-def goes_on() -> Iterator[None]:
-    """Says on Ctrl-C that nothing is lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        command = shlex.join(["millstream", *sys.argv[1:]])
-        typer.echo(f"\nwhat is done is kept, and the same command goes on from there: {command}", err=True)
-        raise
-
-
-app.command(epilog="Example: millstream data pack photos/ data/photos --holdout 0.1 --licence CC-BY-4.0")(cli_pack.pack)
-app.command(epilog=cli_simulate.EXAMPLE)(cli_simulate.simulate)
+app.command(epilog="Example: millstream data pack photos/ data/photos --holdout 0.1 --licence CC-BY-4.0")(pack.pack)
+app.command(epilog=simulate.EXAMPLE)(simulate.simulate)

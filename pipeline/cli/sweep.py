@@ -35,7 +35,7 @@ def sweep(
     Each is a run of its own in <runs>/<name>-sweep, which `millstream resume`
     and `report` take like any other. Ctrl-C stops; --resume goes on.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.cluster import sweep as sweeps
 
     planned, first = sweeps.plan(config, overrides, samples, parallel, early)

@@ -28,7 +28,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For machines: one object a run.")] = False,
 ) -> None:
     """Show what W&B's files of a run hold, and which steps of the journal they lack."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.run import open_run
     from pipeline.track.wandb import sync
 
@@ -68,7 +68,7 @@ def sync(runs: Runs) -> None:
     Repairs them first. Once more, or after a failure, it sends what is
     missing and nothing twice.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.errors import RunError
     from pipeline.run import open_run
     from pipeline.track.wandb import account
@@ -94,7 +94,7 @@ def _idle(run: Run) -> None:
 
 
 def _repair(run: Run) -> None:
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.track.wandb import sync
 
     config = run.config

@@ -35,7 +35,7 @@ def verify_resume(
     with the same number of workers, and with another. Compares. Exit code 1
     when something is not as promised. All of it is in a temporary folder.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.config import load
     from pipeline.errors import RunError
 
@@ -66,7 +66,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def show(report: Report) -> None:
     """The table and the verdict."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     for comparison in report.comparisons:
         terminal.say(f"\nresumed with {comparison.workers} worker{'s' * (comparison.workers > 1)}", "bold")

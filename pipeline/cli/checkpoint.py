@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import cli_export
+from pipeline.cli import export
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.diff import Diff
@@ -31,7 +31,7 @@ def checkpoints() -> None:
 @app.command("list", epilog="Example: millstream checkpoint list runs/digits")
 def list_(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
     """Show the checkpoints of a run; contents are not read, `verify` does that."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.run import open_run
 
     found = open_run(run).checkpoints()
@@ -45,8 +45,8 @@ def list_(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")
 @app.command("verify", epilog="Example: millstream checkpoint verify runs/digits")
 def verify_checkpoints(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
     """Read every byte of a run's checkpoints and compare digests. Exit code 1 when one is damaged."""
-    from pipeline import terminal
     from pipeline.checkpoint.format import verify
+    from pipeline.cli import terminal
     from pipeline.run import open_run
 
     found = open_run(run).checkpoints()
@@ -79,8 +79,8 @@ def prune(
 
     Those that count are read back whole first. The only good one is never deleted.
     """
-    from pipeline import terminal
     from pipeline.checkpoint.retention import Keeper
+    from pipeline.cli import terminal
     from pipeline.run import open_run
 
     opened = open_run(run)
@@ -109,10 +109,10 @@ def upload(
     ] = None,
 ) -> None:
     """Send what has not arrived in the second home (checkpoint.url). Exit code 1 when something is still here only."""
-    from pipeline import terminal
     from pipeline.checkpoint.remote import Remote
     from pipeline.checkpoint.retention import Retention
     from pipeline.checkpoint.uploads import Outbox
+    from pipeline.cli import terminal
     from pipeline.errors import ConfigError
     from pipeline.run import open_run
 
@@ -142,9 +142,9 @@ def diff_(
 
     Exit code 0 when both are the same state to the bit (however they were made), 1 when not, 2 when one is damaged.
     """
-    from pipeline import terminal
     from pipeline.checkpoint import diff
     from pipeline.checkpoint.format import inspect
+    from pipeline.cli import terminal
 
     folders = _checkpoint(a), _checkpoint(b)
     manifests = []
@@ -162,7 +162,7 @@ def diff_(
 
 def _show(found: Diff) -> None:
     """The summary first, then what was made in another way, then the tensors, those that differ most at the top."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     apart, worst = found.tensors, max((each.relative for each in found.tensors), default=0.0)
     if found.equal:
@@ -182,7 +182,7 @@ def _show(found: Diff) -> None:
 
 def _table(columns: list[str], rows: list[list[str]]) -> None:
     """The first rows, after an empty line, and how many more there are."""
-    from pipeline import terminal
+    from pipeline.cli import terminal
 
     if rows:
         terminal.say("")
@@ -227,4 +227,4 @@ def _checkpoint(path: Path) -> Path:
     return found[-1].path
 
 
-app.command("export", epilog="Example: millstream checkpoint export runs/digits exported/digits")(cli_export.export)
+app.command("export", epilog="Example: millstream checkpoint export runs/digits exported/digits")(export.export)

@@ -20,7 +20,7 @@ def init(
 
     Nothing is overwritten.
     """
-    from pipeline import terminal
+    from pipeline.cli import terminal
     from pipeline.starter import folder as folders
     from pipeline.starter import template
 
