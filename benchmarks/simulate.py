@@ -32,7 +32,7 @@ import report
 from pipeline.config import Config, load_resolved
 from pipeline.data.pack.writer import Packing, silent, write_split
 from pipeline.data.reader import Sample
-from pipeline.data.remote.node import Link
+from pipeline.data.remote.link import Link
 from pipeline.data.remote.simulate import Forecast, Topology, of_config, simulate
 from pipeline.data.stream import Stream
 

@@ -69,7 +69,7 @@ def simulate(
     """
     from pipeline.cli import terminal
     from pipeline.data.remote import simulate as simulator
-    from pipeline.data.remote.node import Link
+    from pipeline.data.remote.link import Link
     from pipeline.data.storage import is_url
 
     if Path(source).suffix in CONFIGS:

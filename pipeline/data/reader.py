@@ -26,7 +26,8 @@ from pipeline.data.decode import decode
 from pipeline.data.index import Index, open_index
 from pipeline.data.order import block_samples
 from pipeline.data.remote.fetching import Fetching
-from pipeline.data.remote.shards import Remote, RemoteTar
+from pipeline.data.remote.shards import Remote
+from pipeline.data.remote.tar import RemoteTar
 from pipeline.data.segment import Field, Segment
 from pipeline.data.slow import Reads
 from pipeline.errors import DataError

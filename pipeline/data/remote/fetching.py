@@ -15,7 +15,8 @@ import numpy as np
 from pipeline.data.index import Index
 from pipeline.data.remote.cache_policy import Pieces
 from pipeline.data.remote.crew import NOW, Wait
-from pipeline.data.remote.shards import Remote, RemoteTar
+from pipeline.data.remote.shards import Remote
+from pipeline.data.remote.tar import RemoteTar
 from pipeline.data.segment import Segment
 from pipeline.errors import DataError
 
@@ -27,6 +28,8 @@ class Fetching:
         self.remote = remote
         self._index, self._block = index, block
         self._shards: dict[int, Wait] = {}
+        self._begun: list[tuple[Wait, np.ndarray]] = []  # shards and rows in them that come by themselves
+        self._first = np.empty(0, np.int64)  # those samples
         self._lock = threading.Lock()
 
     @cached_property
@@ -52,16 +55,29 @@ class Fetching:
 
         self._asked(self.pieces.rows(piece)[0], turn).afterwards(ask)
 
-    def is_settled(self, piece: int) -> bool:
-        """Whether a piece that was asked for has come, or something has kept it from coming."""
-        wait = self._shards.get(self.pieces.rows(piece)[0])
-        if wait is None or not wait.is_done or wait.error is not None:
-            return wait is None or wait.is_done
-        return wait.result()[1].is_settled(self.pieces.block_in(piece))
+    def begin(self, numbers: np.ndarray) -> None:
+        """Have samples int64[k] fetched before all others, by themselves where their pieces are much larger."""
+        self._first = numbers
+        shards, rows = self._index.places(numbers)
+        self._begun = [(self._asked(shard, NOW), rows[shards == shard]) for shard in np.unique(shards).tolist()]
+        for wait, mine in self._begun:
+            wait.afterwards(partial(self._ask_rows, mine))
+
+    def wait_begun(self) -> None:
+        """Wait until they are here, or cannot be had: whoever needs them is told. RuntimeError once closed."""
+        for wait, rows in self._begun:
+            with suppress(DataError):
+                for each in self._ask_rows(rows, wait.result(self.remote.is_stopped)):
+                    with suppress(DataError):
+                        each.result(self.remote.is_stopped)
+        self._begun = []
+
+    def _ask_rows(self, rows: np.ndarray, opened: tuple[Segment, RemoteTar]) -> list[Wait]:
+        return opened[1].ask_rows(rows)
 
     def ask_all(self, numbers: np.ndarray) -> None:
         """Have all samples int64[k] fetched now."""
-        for piece in np.unique(self.pieces.of(numbers)).tolist():
+        for piece in np.unique(self.pieces.of(numbers[~np.isin(numbers, self._first)])).tolist():
             self.ask(piece)
 
     def release(self, piece: int, next_use: float | None = None) -> None:

@@ -9,8 +9,8 @@ next epoch comes to them. Nothing here changes what is in a micro batch.
 
 Data that fit into what is asked for ahead are planned for one epoch: what follows needs the same pieces again.
 
-The first micro batch's pieces come alone: those that are needed later would share the link with them, and training
-would begin so much later.
+The first micro batch comes alone, its samples by themselves: whole pieces would share the link with them, and training
+would begin so much later. Their pieces follow; bytes that come twice are those of one micro batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from pipeline.data.fill import MicroBatch, Rows
     from pipeline.data.reader import Dataset
 
-FIRST_SECONDS = 0.002  # how often it is looked whether the first micro batch's pieces are here
 MOST_ROWS = 1 << 20  # that are planned ahead, 24 bytes each
 SOURCE = 1 << 48  # pieces of source s are numbered from s * SOURCE
 
@@ -52,6 +51,7 @@ class Foresight:
     def __init__(self, datasets: Sequence[Dataset], plans: Iterator[Plan], again: Again | None, maps: bool) -> None:
         self._datasets, self._plans, self._again = datasets, plans, again
         self._remotes = [dataset.remote for dataset in datasets if dataset.remote is not None]
+        self._begins = maps  # other processes read for themselves
         for each in self._remotes:
             each.remote.stopped, each.remote.maps = False, maps
         self._ahead = Ahead(sum(each.remote.ahead_bytes for each in self._remotes))
@@ -119,18 +119,18 @@ class Foresight:
                     return
             try:
                 plan = next(self._plans, None)
-                rows, first = plan() if plan else None, self._ahead.planned == 0
-                if rows is not None:
+                if plan is None:
+                    self._put(None, True)
+                    return
+                rows = plan()
+                if self._begins:
+                    self._begin(rows)
+                else:
                     self._ask(rows)
+                    self._put(lambda rows=rows: rows, False)
             except BaseException as error:  # for who would have taken it
                 self._put(_raising(error), True)
                 return
-            if rows is None:
-                self._put(None, True)
-                return
-            self._put(lambda rows=rows: rows, False)
-            while first and not self._first_is_here():
-                time.sleep(FIRST_SECONDS)
 
     def _may_look(self) -> bool:
         if self._closed or not self._known:
@@ -139,14 +139,16 @@ class Foresight:
             self._ahead.most = min(self._ahead.most, LEAST_AHEAD * BLOCK_BYTES)
         return self._ahead.has_room and self._rows * (1 + len(self._known)) < self._most_rows
 
-    def _first_is_here(self) -> bool:
-        """Or has failed, or nobody waits for it any more."""
-        with self._wake:
-            if self._taken or self._closed:
-                return True
-            pieces = [divmod(piece, SOURCE) for piece in self._epochs]
-        fetchings = [(self._datasets[source].remote, piece) for source, piece in pieces]
-        return all(fetching.is_settled(piece) for fetching, piece in fetchings if fetching is not None)
+    def _begin(self, rows: Rows) -> None:
+        """Have the first micro batch's samples fetched, and then their pieces."""
+        self._begins = False
+        for source, dataset in enumerate(self._datasets):
+            if dataset.remote is not None:
+                dataset.remote.begin(rows.numbers[rows.sources == source])
+        self._put(lambda: rows, False)
+        for each in self._remotes:
+            each.wait_begun()
+        self._ask(rows)
 
     def _put(self, plan: Plan | None, last: bool) -> None:
         with self._wake:

@@ -3,10 +3,9 @@
     training asks -> Worker reads micro batches, plans ahead -> requests -> Transfers on the link -> the node's cache
 
 What is read, ahead and evicted is what a run does: the pieces of cache_policy.py, its `Ahead`, its eviction; a shard is
-opened (its index, and a look at its tar) before its first piece. What is a model is the link and the loader: a request
-waits `latency` and then shares the node's bandwidth evenly with all others under way, as connections of TCP to one
-server about do; a worker reads its micro batches one after the other, as many before they are asked for as a run's
-loader does.
+opened (its index, and a look at its tar) before its first piece; the first micro batch has the link alone. What is a
+model is the link (link.py) and the loader: a worker reads its micro batches one after the other, as many before they
+are asked for as a run's loader does.
 
 What it gives up: failures, retries, stores that get slower under load, and what was in the cache before.
 """
@@ -16,7 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -24,15 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.remote.cache_policy import FILLED, IN_FLIGHT, NEVER, Ahead, evicted
-
-Done = Callable[[], None]
-
-
-class Link(NamedTuple):
-    """Of one node to the store. latency: seconds until the first byte of a request comes.  bandwidth: bytes/s."""
-
-    latency: float
-    bandwidth: float
+from pipeline.data.remote.link import Done, Link, Transfers
 
 
 class Piece(NamedTuple):
@@ -46,39 +37,12 @@ class Piece(NamedTuple):
     index: int
 
 
-class Transfers:
-    """Requests whose bytes are coming, sharing a bandwidth evenly.
+class Wanted(NamedTuple):
+    """A piece, or `alone` bytes of samples in it, in the order in which they were wanted."""
 
-    `_share` is how many bytes each of those under way has got since the beginning: virtual time of processor sharing
-    (Demers, Keshav and Shenker, "Analysis and Simulation of a Fair Queueing Algorithm", SIGCOMM 1989).
-    """
-
-    def __init__(self, bandwidth: float) -> None:
-        self._bandwidth, self._share, self._now = bandwidth, 0.0, 0.0
-        self._ends: list[tuple[float, int, Done]] = []  # a heap, by the share at which each is whole
-        self._count = itertools.count()
-
-    def _forward(self, now: float) -> None:
-        if self._ends:
-            self._share += (now - self._now) * self._bandwidth / len(self._ends)
-        self._now = now
-
-    def begin(self, now: float, size: int, done: Done) -> None:
-        self._forward(now)
-        heapq.heappush(self._ends, (self._share + size, next(self._count), done))
-
-    @property
-    def next_end(self) -> float:
-        """When the next one will be whole, if none begins before."""
-        if not self._ends:
-            return NEVER
-        return self._now + max(0.0, self._ends[0][0] - self._share) * len(self._ends) / self._bandwidth
-
-    def end(self) -> tuple[float, Done]:
-        """Forward to the next end: when, and what to do then."""
-        now = self.next_end
-        self._forward(now)
-        return now, heapq.heappop(self._ends)[2]
+    number: int
+    piece: int
+    alone: int
 
 
 @dataclass(eq=False)
@@ -86,7 +50,8 @@ class Worker:
     """One worker's loader. turns: the pieces of each of its micro batches.  per_step: of its micro batches.
 
     counted: turns whose bytes are of the steps that are looked at; those behind them are only looked ahead to.  depth:
-    micro batches that are read before they are asked for.  most: turns that are planned ahead of those.
+    micro batches that are read before they are asked for.  most: turns that are planned ahead of those.  first: bytes
+    of the first micro batch's samples in each piece from which they come by themselves.
     """
 
     turns: Sequence[list[int]]
@@ -95,22 +60,21 @@ class Worker:
     depth: int
     ahead: Ahead
     most: int = 1 << 60
+    first: Mapping[int, int] = field(default_factory=dict)
     planned: int = 0
     asked: int = 0  # micro batches that training has asked for
     loaded: int = 0
     taken: int = 0
     reading: bool = False
     missing: set[int] = field(default_factory=set)  # of the one that is being read
-    queue: list[tuple[int, int]] = field(default_factory=list)  # a heap of (when it was wanted, piece) to be requested
-    open: dict[int, list[tuple[int, int]] | None] = field(default_factory=dict)  # shard -> what waits; None: open
+    queue: list[Wanted] = field(default_factory=list)  # a heap of what is to be requested
+    open: dict[int, list[Wanted] | None] = field(default_factory=dict)  # shard -> what waits; None: open
     in_flight: int = 0
 
-    def plans(self, begun: int, alone: bool) -> bool:
-        """Whether to plan one turn more, when `begun` have been begun; alone: these shall have the link for now."""
+    def plans(self, begun: int) -> bool:
+        """Whether to plan one turn more, when `begun` have been begun."""
         ahead = self.planned - begun
-        if ahead < 0 or alone:
-            return ahead < 0
-        return ahead == 0 or (self.ahead.has_room and ahead < self.most)
+        return ahead <= 0 or (self.ahead.has_room and ahead < self.most)
 
 
 class Node:
@@ -176,11 +140,19 @@ class Node:
     def _go_on(self, worker: Worker) -> None:
         """Read the next micro batch if it may be read, plan what there is room for, request what is planned."""
         turn = worker.loaded
-        begins = not worker.reading and turn < min(len(worker.turns), worker.asked + worker.depth)
-        begun = turn + (begins or worker.reading)
-        # the pieces of the first micro batch come alone
-        first = turn == 0 and (begins or bool(worker.missing))
-        while worker.planned < len(worker.turns) and worker.plans(begun, first):
+        if not worker.reading and turn < min(len(worker.turns), worker.asked + worker.depth):
+            worker.reading = True
+            worker.missing = {piece for piece in worker.turns[turn] if piece not in self._there}
+            if not worker.missing:
+                self._at(self.now + self.decode, partial(self._decoded, worker))
+            for piece in worker.turns[0] if not turn else ():
+                self._want(worker, piece, worker.first.get(piece, 0))
+        if turn or not worker.missing:
+            self._plan(worker, turn + worker.reading)
+        self._request(worker)
+
+    def _plan(self, worker: Worker, begun: int) -> None:
+        while worker.planned < len(worker.turns) and worker.plans(begun):
             needed = {piece: self.pieces[piece].block for piece in worker.turns[worker.planned]}
             if worker.planned < worker.counted:
                 for piece in needed:  # another worker may have looked ahead to it
@@ -192,16 +164,14 @@ class Node:
                 self._pins[piece] = self._pins.get(piece, 0) + 1
                 self._want(worker, piece)
             worker.planned += 1
-        if begins:
-            worker.reading = True
-            worker.missing = {piece for piece in worker.turns[turn] if piece not in self._there}
-            if not worker.missing:
-                self._at(self.now + self.decode, partial(self._decoded, worker))
-        self._request(worker)
 
-    def _want(self, worker: Worker, piece: int) -> None:
-        """Have a piece requested in its turn, its shard opened before."""
-        shard, index, wanted = self.pieces[piece].shard, self.pieces[piece].index, (next(self._count), piece)
+    def _want(self, worker: Worker, piece: int, alone: int = 0) -> None:
+        """Have a piece, or samples in it, requested in its turn, its shard opened before."""
+        shard, index, wanted = (
+            self.pieces[piece].shard,
+            self.pieces[piece].index,
+            Wanted(next(self._count), piece, alone),
+        )
         if shard not in worker.open:
             worker.open[shard] = [wanted]
             size = 0 if shard in self._indexes else index
@@ -224,8 +194,14 @@ class Node:
 
     def _request(self, worker: Worker) -> None:
         while worker.queue and worker.in_flight < IN_FLIGHT:
-            _, piece = heapq.heappop(worker.queue)
+            _, piece, alone = heapq.heappop(worker.queue)
             if piece in self._there or piece in self._requested:
+                continue
+            if alone:  # by other threads than those of whole pieces
+                self._count_bytes(piece, alone)
+                self.requests += 1
+                begin = partial(self._first_byte, alone, partial(self._has, worker, piece))
+                self._at(self.now + self.link.latency, begin)
                 continue
             size, whole = self.pieces[piece].bytes, partial(self._arrived, worker, piece)
             worker.in_flight += 1
@@ -253,12 +229,16 @@ class Node:
         if self.held > self.capacity:
             self._evict()
         for worker in self.workers:
-            if piece in worker.missing:
-                worker.missing.discard(piece)
-                if not worker.missing:
-                    self._at(self.now + self.decode, partial(self._decoded, worker))
-                    self._go_on(worker)
+            self._has(worker, piece)
         self._request(requester)
+
+    def _has(self, worker: Worker, piece: int) -> None:
+        """A worker has what it needs of a piece for the micro batch that it reads."""
+        if piece in worker.missing:
+            worker.missing.discard(piece)
+            if not worker.missing:
+                self._at(self.now + self.decode, partial(self._decoded, worker))
+                self._go_on(worker)
 
     def _decoded(self, worker: Worker) -> None:
         worker.loaded += 1

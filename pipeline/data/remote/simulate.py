@@ -1,6 +1,6 @@
 """A run's reading of remote shards, before any machine is paid for: bytes of each node, cache, first batch, waits.
 
-    uses.py (what each worker reads) -> node.py (requests, link, cache, loaders) -> all nodes, step by step -> Forecast
+    uses.py (what each worker reads) -> node.py (requests, cache, loaders) -> all nodes, step by step -> Forecast
 
 Of many nodes some are simulated, spread evenly over all, and of a long epoch the first steps: nodes are alike but for
 chance, and every window of an order is read as the one before. So the slowest of all nodes is a little slower than the
@@ -21,7 +21,8 @@ from pipeline.data.mixture import Mixture, Source
 from pipeline.data.order import block_samples
 from pipeline.data.pack.writer import Progress, silent
 from pipeline.data.remote.cache_policy import BLOCK_BYTES, Ahead, ahead_bytes, least_bytes
-from pipeline.data.remote.node import Link, Node, Piece, Worker
+from pipeline.data.remote.link import Link
+from pipeline.data.remote.node import Node, Piece, Worker
 from pipeline.data.remote.uses import Quality, Remote, Uses, own, quality, uses
 from pipeline.errors import ConfigError
 from pipeline.sections import Data
@@ -207,5 +208,9 @@ def _node(
         edges = np.flatnonzero(np.diff(each.turns)) + 1
         turns = [part.tolist() for part in np.split(each.sources * span + each.pieces, edges)]
         far = sum(each.samples for each in sets) // of.micro_batch  # as foresight.py
-        workers.append(Worker(turns, steps * count, count, max(of.prefetch, count), Ahead(most), far))
+        begun = range(int(np.searchsorted(each.turns, 1)))  # what the first micro batch needs
+        alone = {
+            turns[0][i]: sets[each.sources[i]].size_alone(int(each.pieces[i]), int(each.samples[i])) for i in begun
+        }
+        workers.append(Worker(turns, steps * count, count, max(of.prefetch, count), Ahead(most), far, alone))
     return Node(workers, pieces, of.link, of.cache, of.decode_seconds, of.listed)

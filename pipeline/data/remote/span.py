@@ -2,8 +2,9 @@
 
 A tar of a remote data set is one range of addresses, so whoever reads it need not know that it is in pieces. What is
 not here reads as zeros, which no digest agrees with. Pieces are whole pages and may share the page at which they meet:
-such pages are copied, all others are mapped from the piece's file, whose bytes stay for as long as they are mapped,
-even when the file is removed. Linux and macOS; mmap(2) says how one mapping replaces another (MAP_FIXED).
+such pages are copied, and so are those that came before their piece; all others are mapped from the piece's file, whose
+bytes stay for as long as they are mapped, even when the file is removed. Linux and macOS; mmap(2) says how one mapping
+replaces another (MAP_FIXED).
 
 What it gives up: it does not know who looks at a piece that is let go of; the caller does.
 """
@@ -15,6 +16,7 @@ import mmap
 import os
 import threading
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,7 +38,7 @@ class Span:
         held = mmap.mmap(-1, max(size, 1), flags=flags, prot=mmap.PROT_READ)
         self.view = memoryview(held)[:size]
         self._address = int(np.frombuffer(held, np.uint8).ctypes.data)
-        self._edges: Counter[int] = Counter()  # pages that are copied -> pieces that have them
+        self._copied: Counter[int] = Counter()  # pages -> pieces that have them, 0: they came before theirs
         self._lock = threading.Lock()
 
     def map(self, begin: int, end: int, file: int, again: bool = False) -> None:
@@ -44,47 +46,59 @@ class Span:
 
         again: in place of bytes that are here and are wrong.
         """
-        first, last, inner = self._pages(begin, end)
         with self._lock:
-            if inner > 0:
-                self._place(first + 1, inner, mmap.PROT_READ, mmap.MAP_SHARED | _FIXED, file, PAGE)
-            for page in {first, last}:
+            copied, runs = self._pages(begin, end)
+            for page, count in runs:
+                self._place(page, count, mmap.PROT_READ, mmap.MAP_SHARED | _FIXED, file, page * PAGE - begin)
+            for page in copied:
                 at = page * PAGE
                 self._copy(page, os.pread(file, min(PAGE, end - at), at - begin), again)
 
     def fill(self, begin: int, end: int, content: memoryview, again: bool = False) -> None:
         """The same from memory."""
-        first, last, inner = self._pages(begin, end)
         with self._lock:
-            if inner > 0:
-                self._write(first + 1, inner, content[PAGE : PAGE + inner * PAGE])
-            for page in {first, last}:
+            copied, runs = self._pages(begin, end)
+            for page, count in runs:
+                at = page * PAGE - begin
+                self._write(page, count, content[at : at + count * PAGE])
+            for page in copied:
                 at = page * PAGE
                 self._copy(page, content[at - begin : at - begin + min(PAGE, end - at)], again)
 
+    def lay(self, begin: int, end: int, content: memoryview) -> None:
+        """Pages before the piece that has them. What is here stays as it is, and they do when the piece comes."""
+        with self._lock:
+            for page in range(begin // PAGE, (end - 1) // PAGE + 1):
+                if page not in self._copied:
+                    at = page * PAGE - begin
+                    self._write(page, 1, content[at : at + PAGE])
+                    self._copied[page] = 0
+
     def drop(self, begin: int, end: int) -> None:
         """Let go of them; nobody looks at them any more."""
-        first, last, inner = self._pages(begin, end)
         with self._lock:
-            if inner > 0:
-                self._clear(first + 1, inner)
-            for page in {first, last}:
-                self._edges[page] -= 1
-                if self._edges[page] <= 0:
-                    del self._edges[page]
+            copied, runs = self._pages(begin, end)
+            for page, count in runs:
+                self._clear(page, count)
+            for page in copied:
+                self._copied[page] -= 1
+                if self._copied[page] <= 0:
+                    del self._copied[page]
                     self._clear(page, 1)
 
-    def _pages(self, begin: int, end: int) -> tuple[int, int, int]:
-        """First page, last page, and how many lie between them."""
+    def _pages(self, begin: int, end: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """The pages of a piece: those that are copied, and the runs (first, how many) of others between them."""
         first, last = begin // PAGE, (end - 1) // PAGE
-        return first, last, last - first - 1
+        copied = sorted({first, last, *(page for page in self._copied if first < page < last)})
+        runs = [(page + 1, following - page - 1) for page, following in pairwise(copied) if following > page + 1]
+        return copied, runs
 
     def _copy(self, page: int, content: bytes | memoryview, again: bool) -> None:
         """A page that pieces may share. One that is here stays as it is: the digests of samples in it may have been
         compared already, and this piece's copy of it may be a bad one.
         """
-        here = self._edges[page] > 0
-        self._edges[page] += not (here and again)
+        here = page in self._copied
+        self._copied[page] += not (here and again)
         if again or not here:
             self._write(page, 1, content, anew=not here)
 

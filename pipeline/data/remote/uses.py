@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.mixture import Mixture
-from pipeline.data.remote.cache_policy import Pieces
+from pipeline.data.remote.cache_policy import Pieces, by_themselves
 from pipeline.data.root import Shards
 
 ROWS = 1 << 18  # of the order that are computed at a time
@@ -47,16 +47,24 @@ class Remote:
         begin, last = int(first * of_sample) + HEADER, int(end * of_sample)
         return min(-(-last // PAGE) * PAGE, int(self.tars[shard])) - begin // PAGE * PAGE
 
+    def size_alone(self, piece: int, samples: int) -> int:
+        """Bytes that are fetched for samples of a piece by themselves, about; 0 when the whole piece is."""
+        shard = self.pieces.rows(piece)[0]
+        size = samples * (int(self.tars[shard] / self.counts[shard]) + PAGE)
+        return size if by_themselves(size, self.size(piece)) else 0
+
 
 class Uses(NamedTuple):
     """Which pieces a worker's micro batches need, by their turn (from 0), in the order of their rows.
 
-    turns: int64[k].  sources, pieces: int64[k], in the mixture and in the source's data set.
+    turns: int64[k].  sources, pieces: int64[k], in the mixture and in the source's data set.  samples: int64[k], how
+    many the micro batch has of the piece.
     """
 
     turns: np.ndarray
     sources: np.ndarray
     pieces: np.ndarray
+    samples: np.ndarray
 
 
 class Quality(NamedTuple):
@@ -88,10 +96,11 @@ def uses(mixture: Mixture, sets: Sequence[Remote], mine: range, micro_batch: int
         known = sources * (pieces.max() + 1) + pieces  # [turns, rows]
         distinct, back = np.unique(known, return_inverse=True)
         key = np.arange(len(known))[:, None] * len(distinct) + back.reshape(known.shape)
-        _, at = np.unique(key, return_index=True)
-        at.sort()
+        _, at, counts = np.unique(key, return_index=True, return_counts=True)
+        order = np.argsort(at)
+        at = at[order]
         turn = (part.start - steps.start) * len(mine) + at // micro_batch
-        columns.append((turn, sources.ravel()[at], pieces.ravel()[at]))
+        columns.append((turn, sources.ravel()[at], pieces.ravel()[at], counts[order]))
     return Uses(*map(np.concatenate, zip(*columns)))
 
 

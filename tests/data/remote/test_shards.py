@@ -18,7 +18,7 @@ from pipeline.data.damage import ShardReport, verify
 from pipeline.data.iterable import everything
 from pipeline.data.reader import Dataset, Sample, open_dataset
 from pipeline.data.remote.cache import Place
-from pipeline.data.remote.shards import PAGE
+from pipeline.data.remote.span import PAGE
 from pipeline.errors import DataError
 from pipeline.object_store import StoreError
 from tests.data import small_loader

@@ -50,3 +50,27 @@ def test_what_is_wrong_is_replaced_and_let_go_of_once(put) -> None:
     assert bytes(span.view[: 2 * PAGE]) == bytes(2 * PAGE) and bytes(span.view[2 * PAGE :]) == GOOD[2 * PAGE :]
     span.drop(2 * PAGE, SIZE)
     assert bytes(span.view) == bytes(SIZE)
+
+
+def test_what_came_before_its_piece_stays_and_goes_with_it(put) -> None:
+    span = Span(SIZE)
+    span.lay(PAGE, 3 * PAGE, memoryview(GOOD)[PAGE : 3 * PAGE])
+    assert bytes(span.view) == bytes(PAGE) + GOOD[PAGE : 3 * PAGE] + bytes(2 * PAGE)
+    put(span, BAD, 0, SIZE)
+    assert bytes(span.view) == BAD[:PAGE] + GOOD[PAGE : 3 * PAGE] + BAD[3 * PAGE :]
+    put(span, GOOD, 0, SIZE, again=True)
+    assert bytes(span.view) == GOOD
+    span.drop(0, SIZE)
+    assert bytes(span.view) == bytes(SIZE)
+
+
+def test_what_comes_before_its_piece_leaves_a_neighbour_as_it_is(put) -> None:
+    span = Span(SIZE)
+    put(span, GOOD, 0, 2 * PAGE)
+    span.lay(PAGE, 3 * PAGE, memoryview(BAD)[PAGE : 3 * PAGE])
+    assert bytes(span.view) == GOOD[: 2 * PAGE] + BAD[2 * PAGE : 3 * PAGE] + bytes(2 * PAGE)
+    put(span, GOOD, PAGE, SIZE)
+    span.drop(0, 2 * PAGE)
+    assert bytes(span.view) == bytes(PAGE) + GOOD[PAGE : 2 * PAGE] + BAD[2 * PAGE : 3 * PAGE] + GOOD[3 * PAGE :]
+    span.drop(PAGE, SIZE)
+    assert bytes(span.view) == bytes(SIZE)
