@@ -35,11 +35,11 @@ from pipeline.data.remote import cache_policy
 from pipeline.errors import DataError
 
 BYTES = 32 << 30  # of a cache, by default
-VERSION = "v1"
-SMALL = "index"  # folder of small files
+VERSION, SMALL = "v1", "index"  # folders: of all, and in it of small files
 USED = struct.Struct("<q")
 WAIT_SECONDS = 10.0  # for another process's piece that does not grow
 POLL_SECONDS = 0.005
+WRITE_BYTES = 256 << 10  # at a time: of more, Linux 6.18 on a virtual machine made twice the system time
 AGAIN_SECONDS = 30.0  # until a cache that took no more is tried again
 LEFT_SECONDS = 3600.0  # after which a piece that was not finished is nobody's
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -227,7 +227,7 @@ class Cache:
             try:
                 done = 0
                 while done < len(content):
-                    done += os.pwrite(file, content[done:], done)
+                    done += os.pwrite(file, content[done : done + WRITE_BYTES], done)
                 return
             except OSError as error:
                 if not again or error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.evict(4 * len(content)):

@@ -208,9 +208,7 @@ def _node(
         edges = np.flatnonzero(np.diff(each.turns)) + 1
         turns = [part.tolist() for part in np.split(each.sources * span + each.pieces, edges)]
         far = sum(each.samples for each in sets) // of.micro_batch  # as foresight.py
-        begun = range(int(np.searchsorted(each.turns, 1)))  # what the first micro batch needs
-        alone = {
-            turns[0][i]: sets[each.sources[i]].size_alone(int(each.pieces[i]), int(each.samples[i])) for i in begun
-        }
+        first = zip(turns[0], each.sources.tolist(), each.pieces.tolist(), each.samples.tolist())
+        alone = {known: sets[source].size_alone(piece, samples) for known, source, piece, samples in first}
         workers.append(Worker(turns, steps * count, count, max(of.prefetch, count), Ahead(most), far, alone))
     return Node(workers, pieces, of.link, of.cache, of.decode_seconds, of.listed)
