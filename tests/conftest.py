@@ -1,7 +1,8 @@
 """What every test relies on: an allow-list of skips, and in which order they run.
 
-A skip hides a check, so one that is not in tests/allowed_skips.txt fails the whole run. `launch/test` runs two fast
-tests at a time (pytest-xdist), those of one file one after the other, because they share what a fixture has started.
+A skip hides a check, so one that is not in tests/allowed_skips.txt fails the whole run. `launch/test` runs two tests at
+a time (pytest-xdist), those of one file one after the other, because they share what a fixture has started. Slow ones
+that start clusters, kill what runs or stop the clock run alone.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from pathlib import Path
 import pytest
 
 ALLOWED = Path(__file__).with_name("allowed_skips.txt")
+ALONE = ("tests/cluster/", "tests/submit/", "tests/track/", "tests/test_chaos.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that both end together: the loop's tests, then those of the packages."""
+    for item in items:
+        if item.location[0].startswith(ALONE):
+            item.add_marker("alone")
     items.sort(key=lambda item: item.location[0].count("/"))
 
 

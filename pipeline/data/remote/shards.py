@@ -124,11 +124,11 @@ class Remote:
     def _buffer(self, size: int) -> memoryview:
         """Memory that is fresh costs a page fault for each 4 kB."""
         if not BLOCK_BYTES >> 3 < size <= 4 * BLOCK_BYTES:  # one sample; or what is not worth keeping for the next
-            return memoryview(np.empty(size, np.uint8))
+            return np.empty(size, np.uint8).data
         kept = getattr(self._buffers, "kept", None)
         if kept is None or len(kept) < size:
             room = max(size, BLOCK_BYTES + (BLOCK_BYTES >> 1))
-            kept = self._buffers.kept = memoryview(np.empty(room, np.uint8))
+            kept = self._buffers.kept = np.empty(room, np.uint8).data
         return kept[:size]
 
     def take_reads(self) -> Reads:
