@@ -20,7 +20,7 @@ from pipeline.data.fill import Fill
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.stream import open_set
 from pipeline.engine import Engine
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.session import World
 from pipeline.tasks import Sums, Task
 
@@ -35,6 +35,14 @@ def evaluate(config: Config, task: Task, engine: Engine, world: World) -> dict[s
         with ema.averaged(engine):
             metrics |= _score_sets("ema/", config, task, engine, world)
     return metrics
+
+
+def require_best(config: Config, metrics: Mapping[str, float]) -> None:
+    """Raises ConfigError when `evaluate.best` is not among an evaluation's metrics: no checkpoint would be the best."""
+    best = config.evaluate.best
+    if best and metrics and f"eval/{best}" not in metrics:
+        there = ", ".join(name.removeprefix("eval/") for name in metrics)
+        raise ConfigError(f"evaluate.best: {best!r} is not what an evaluation tells; set it to one of {there}")
 
 
 def _score_sets(which: str, config: Config, task: Any, engine: Engine, world: World) -> dict[str, float]:

@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.data.fill import MicroBatch
 from pipeline.data.stream import Stream
 from pipeline.errors import CheckpointError
-from pipeline.evaluate import add, evaluate, flat, means, on_device
+from pipeline.evaluate import add, evaluate, flat, means, on_device, require_best
 from pipeline.guard import Judge, share_substitutes
 from pipeline.health import Health
 from pipeline.learner import Learner, build, restore, setup
@@ -192,6 +192,7 @@ def score(config: Config, session: Session, learner: Learner, step: int) -> None
         session.record("evaluation", step=step, metrics=learner.scores, seconds=time.perf_counter() - began)
     if shown and session.world.rank == 0:
         keep(session, step, shown)
+    require_best(config, learner.scores)
 
 
 def evaluate_checkpoint(config: Config, session: Session, step: int | None) -> tuple[int, dict[str, float]]:

@@ -69,8 +69,12 @@ def look(config: Config, report: Report, samples: Sequence[Mapping[str, np.ndarr
     except MillstreamError as error:
         report.refuse(PART, error, "task.model")
         return None
-    except Exception as error:  # a task's own code
-        report.add("note", PART, "task", f"cannot be built without memory ({type(error).__name__}: {error})")
+    except Exception as error:  # a task's own code, or a library's for numbers that make no network
+        said = f"{type(error).__name__}: {error}"
+        if isinstance(error, NotImplementedError) or "meta" in str(error).lower():  # it would be, with memory
+            report.add("note", PART, "task", f"cannot be built without memory ({said})")
+        else:
+            report.add("error", PART, "task", f"the network cannot be built: {said}", "look at the numbers in task")
         return None
     for step in (
         lambda: optim.freeze(model, config.optim),

@@ -98,6 +98,13 @@ def test_a_wrong_decoder_is_found_before_anything_starts(toy: Path) -> None:
     assert not (toy.parent / "runs").exists()
 
 
+def test_a_best_by_what_no_evaluation_tells_ends_the_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No checkpoint would ever be kept as the best, and nobody would know."""
+    assert train(toy, "evaluate.best=test/accurcy", fresh=True) == driver.GIVE_UP
+    told = capsys.readouterr()
+    assert "evaluate.best: 'test/accurcy' is not what an evaluation tells" in told.out + told.err
+
+
 def test_another_order_on_purpose_goes_on_and_is_the_run_s_from_then_on(
     toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
