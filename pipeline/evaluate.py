@@ -37,12 +37,13 @@ def evaluate(config: Config, task: Task, engine: Engine, world: World) -> dict[s
     return metrics
 
 
-def require_best(config: Config, metrics: Mapping[str, float]) -> None:
-    """Raises ConfigError when `evaluate.best` is not among an evaluation's metrics: no checkpoint would be the best."""
+def no_best(config: Config, metrics: Mapping[str, float]) -> ConfigError | None:
+    """What is wrong when `evaluate.best` is not among an evaluation's metrics: no checkpoint would be the best."""
     best = config.evaluate.best
-    if best and metrics and f"eval/{best}" not in metrics:
-        there = ", ".join(name.removeprefix("eval/") for name in metrics)
-        raise ConfigError(f"evaluate.best: {best!r} is not what an evaluation tells; set it to one of {there}")
+    if not best or not metrics or f"eval/{best}" in metrics:
+        return None
+    there = ", ".join(name.removeprefix("eval/") for name in metrics)
+    return ConfigError(f"evaluate.best: {best!r} is not what an evaluation tells; set it to one of {there}")
 
 
 def _score_sets(which: str, config: Config, task: Any, engine: Engine, world: World) -> dict[str, float]:

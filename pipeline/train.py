@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.data.fill import MicroBatch
 from pipeline.data.stream import Stream
 from pipeline.errors import CheckpointError
-from pipeline.evaluate import add, evaluate, flat, means, on_device, require_best
+from pipeline.evaluate import add, evaluate, flat, means, no_best, on_device
 from pipeline.guard import Judge, share_substitutes
 from pipeline.health import Health
 from pipeline.learner import Learner, build, restore, setup
@@ -129,6 +129,8 @@ def train(config: Config, session: Session) -> str:
             replicas.compare(engine, world, step)
         if due(step, config.evaluate.every, config.steps):
             score(config, session, learner, step)
+            if no_best(config, learner.scores):
+                break
         if saving.due(step):
             saving.begin(step)
 
@@ -139,6 +141,8 @@ def train(config: Config, session: Session) -> str:
         judge.go_back(session, step, trouble)
     else:
         saving.finish(step)
+    if problem := no_best(config, learner.scores):
+        raise problem
     if world.rank == 0:
         session.record("end", reason=outcome, step=step)
     session.flush()
@@ -192,7 +196,6 @@ def score(config: Config, session: Session, learner: Learner, step: int) -> None
         session.record("evaluation", step=step, metrics=learner.scores, seconds=time.perf_counter() - began)
     if shown and session.world.rank == 0:
         keep(session, step, shown)
-    require_best(config, learner.scores)
 
 
 def evaluate_checkpoint(config: Config, session: Session, step: int | None) -> tuple[int, dict[str, float]]:

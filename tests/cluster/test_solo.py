@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline import config as configs
+from pipeline.checkpoint.format import list_checkpoints
 from pipeline.cluster import driver, lease
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.run import Run
@@ -99,10 +100,13 @@ def test_a_wrong_decoder_is_found_before_anything_starts(toy: Path) -> None:
 
 
 def test_a_best_by_what_no_evaluation_tells_ends_the_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No checkpoint would ever be kept as the best, and nobody would know."""
-    assert train(toy, "evaluate.best=test/accurcy", fresh=True) == driver.GIVE_UP
-    told = capsys.readouterr()
-    assert "evaluate.best: 'test/accurcy' is not what an evaluation tells" in told.out + told.err
+    """No checkpoint would ever be kept as the best, and nobody would know. What was trained is saved."""
+    assert train(toy, "evaluate.best=test/accurcy", "evaluate.every=5") == ConfigError.exit_code
+    said = capsys.readouterr().out
+    assert "evaluate.best: 'test/accurcy' is not what an evaluation tells; set it to one of test/loss" in said
+    assert [each.step for each in list_checkpoints(toy.parent / "runs" / "toy" / "checkpoints")] == [2, 4, 5]
+    assert train(toy, "evaluate.best=test/loss") == driver.DONE
+    assert "from step 5" in capsys.readouterr().out
 
 
 def test_another_order_on_purpose_goes_on_and_is_the_run_s_from_then_on(
