@@ -253,12 +253,13 @@ def start(
     depth: int,
     substitutes: Substitutes | None = None,
     again: Again | None = None,
+    first: int = 1,
 ) -> Prepared:
-    """Prepare what the plans say, in processes if there shall be some, else in threads, with neither when asked."""
+    """Prepare what the plans say, in processes or threads, or with neither. first: so many are needed at once."""
     known, depth = {} if substitutes is None else substitutes, max(depth, 1)
     foresight = None
     if any(dataset.remote for dataset in fill.datasets):
-        plans = foresight = Foresight(fill.datasets, plans, again, maps=not processes)
+        plans = foresight = Foresight(fill.datasets, plans, again, first=0 if processes else first)
     if processes:
         prepared = Processes(fill, plans, known, processes=processes, depth=depth)
     elif threads:

@@ -9,8 +9,8 @@ next epoch comes to them. Nothing here changes what is in a micro batch.
 
 Data that fit into what is asked for ahead are planned for one epoch: what follows needs the same pieces again.
 
-The first micro batch comes alone, its samples by themselves: whole pieces would share the link with them, and training
-would begin so much later. Their pieces follow; bytes that come twice are those of one micro batch.
+The first step comes alone, its samples by themselves: whole pieces would share the link with them, and training would
+begin so much later. Their pieces follow; bytes that come twice are those of one step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -46,14 +47,17 @@ class Prepared(Protocol):
 
 
 class Foresight:
-    """An iterator over plans that has looked far ahead of who takes them. Close it."""
+    """An iterator over plans that has looked far ahead of who takes them. Close it.
 
-    def __init__(self, datasets: Sequence[Dataset], plans: Iterator[Plan], again: Again | None, maps: bool) -> None:
+    first: micro batches of the first step; 0 when other processes read, each for itself.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], plans: Iterator[Plan], again: Again | None, first: int) -> None:
         self._datasets, self._plans, self._again = datasets, plans, again
         self._remotes = [dataset.remote for dataset in datasets if dataset.remote is not None]
-        self._begins = maps  # other processes read for themselves
+        self._first = first  # micro batches of the first step, until they are planned
         for each in self._remotes:
-            each.remote.stopped, each.remote.maps = False, maps
+            each.remote.stopped, each.remote.maps = False, bool(first)
         self._ahead = Ahead(sum(each.remote.ahead_bytes for each in self._remotes))
         self._sizes = [dataset.block * dataset.index.bytes // max(1, len(dataset)) for dataset in datasets]
         self._most_rows = min(MOST_ROWS, sum(len(dataset) for dataset in datasets))
@@ -122,12 +126,12 @@ class Foresight:
                 if plan is None:
                     self._put(None, True)
                     return
+                if self._first:
+                    self._begin([plan(), *(each() for each in islice(self._plans, self._first - 1))])
+                    continue
                 rows = plan()
-                if self._begins:
-                    self._begin(rows)
-                else:
-                    self._ask(rows)
-                    self._put(lambda rows=rows: rows, False)
+                self._ask(rows)
+                self._put(lambda rows=rows: rows, False)
             except BaseException as error:  # for who would have taken it
                 self._put(_raising(error), True)
                 return
@@ -139,16 +143,18 @@ class Foresight:
             self._ahead.most = min(self._ahead.most, LEAST_AHEAD * BLOCK_BYTES)
         return self._ahead.has_room and self._rows * (1 + len(self._known)) < self._most_rows
 
-    def _begin(self, rows: Rows) -> None:
-        """Have the first micro batch's samples fetched, and then their pieces."""
-        self._begins = False
+    def _begin(self, first: list[Rows]) -> None:
+        """Have the first step's samples fetched, and then their pieces."""
+        self._first = 0
         for source, dataset in enumerate(self._datasets):
             if dataset.remote is not None:
-                dataset.remote.begin(rows.numbers[rows.sources == source])
-        self._put(lambda: rows, False)
+                dataset.remote.begin(np.concatenate([rows.numbers[rows.sources == source] for rows in first]))
+        for rows in first:
+            self._put(lambda rows=rows: rows, False)
         for each in self._remotes:
             each.wait_begun()
-        self._ask(rows)
+        for rows in first:
+            self._ask(rows)
 
     def _put(self, plan: Plan | None, last: bool) -> None:
         with self._wake:

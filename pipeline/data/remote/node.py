@@ -3,7 +3,7 @@
     training asks -> Worker reads micro batches, plans ahead -> requests -> Transfers on the link -> the node's cache
 
 What is read, ahead and evicted is what a run does: the pieces of cache_policy.py, its `Ahead`, its eviction; a shard is
-opened (its index, and a look at its tar) before its first piece; the first micro batch has the link alone. What is a
+opened (its index, and a look at its tar) before its first piece; the first step has the link alone. What is a
 model is the link (link.py) and the loader: a worker reads its micro batches one after the other, as many before they
 are asked for as a run's loader does.
 
@@ -51,7 +51,7 @@ class Worker:
 
     counted: turns whose bytes are of the steps that are looked at; those behind them are only looked ahead to.  depth:
     micro batches that are read before they are asked for.  most: turns that are planned ahead of those.  first: bytes
-    of the first micro batch's samples in each piece from which they come by themselves.
+    of the first step's samples in each piece from which they come by themselves.
     """
 
     turns: Sequence[list[int]]
@@ -66,6 +66,8 @@ class Worker:
     loaded: int = 0
     taken: int = 0
     reading: bool = False
+    coming: set[int] = field(default_factory=set)  # pieces that the first step still waits for
+    came: set[int] = field(default_factory=set)  # pieces whose samples of the first step are here
     missing: set[int] = field(default_factory=set)  # of the one that is being read
     queue: list[Wanted] = field(default_factory=list)  # a heap of what is to be requested
     open: dict[int, list[Wanted] | None] = field(default_factory=dict)  # shard -> what waits; None: open
@@ -142,12 +144,16 @@ class Node:
         turn = worker.loaded
         if not worker.reading and turn < min(len(worker.turns), worker.asked + worker.depth):
             worker.reading = True
-            worker.missing = {piece for piece in worker.turns[turn] if piece not in self._there}
+            first = worker.turns[: worker.per_step] if not turn else ()
+            for piece in dict.fromkeys(itertools.chain.from_iterable(first)):
+                if piece not in self._there:
+                    worker.coming.add(piece)
+                    self._want(worker, piece, worker.first.get(piece, 0))
+            have = self._there.keys() | (worker.came if turn < worker.per_step else set())
+            worker.missing = {piece for piece in worker.turns[turn] if piece not in have}
             if not worker.missing:
                 self._at(self.now + self.decode, partial(self._decoded, worker))
-            for piece in worker.turns[0] if not turn else ():
-                self._want(worker, piece, worker.first.get(piece, 0))
-        if turn or not worker.missing:
+        if not worker.coming:
             self._plan(worker, turn + worker.reading)
         self._request(worker)
 
@@ -233,12 +239,17 @@ class Node:
         self._request(requester)
 
     def _has(self, worker: Worker, piece: int) -> None:
-        """A worker has what it needs of a piece for the micro batch that it reads."""
-        if piece in worker.missing:
-            worker.missing.discard(piece)
-            if not worker.missing:
-                self._at(self.now + self.decode, partial(self._decoded, worker))
-                self._go_on(worker)
+        """A worker has what it needs of a piece for the micro batch that it reads, or for the first step."""
+        ready = piece in worker.missing and len(worker.missing) == 1
+        first = piece in worker.coming
+        worker.missing.discard(piece)
+        worker.coming.discard(piece)
+        if first:
+            worker.came.add(piece)
+        if ready:
+            self._at(self.now + self.decode, partial(self._decoded, worker))
+        if ready or first:
+            self._go_on(worker)
 
     def _decoded(self, worker: Worker) -> None:
         worker.loaded += 1

@@ -208,7 +208,9 @@ def _node(
         edges = np.flatnonzero(np.diff(each.turns)) + 1
         turns = [part.tolist() for part in np.split(each.sources * span + each.pieces, edges)]
         far = sum(each.samples for each in sets) // of.micro_batch  # as foresight.py
-        first = zip(turns[0], each.sources.tolist(), each.pieces.tolist(), each.samples.tolist())
-        alone = {known: sets[source].size_alone(piece, samples) for known, source, piece, samples in first}
+        begun = int(np.searchsorted(each.turns, count))  # what the first step needs
+        known, back = np.unique(each.sources[:begun] * span + each.pieces[:begun], return_inverse=True)
+        samples = np.bincount(back, each.samples[:begun]).astype(int).tolist()
+        alone = {k: sets[k // span].size_alone(k % span, n) for k, n in zip(known.tolist(), samples)}
         workers.append(Worker(turns, steps * count, count, max(of.prefetch, count), Ahead(most), far, alone))
     return Node(workers, pieces, of.link, of.cache, of.decode_seconds, of.listed)

@@ -1,4 +1,4 @@
-"""The first micro batch's samples come by themselves, before the pieces that have them, and are what they would be."""
+"""The first step's samples come by themselves, before the pieces that have them, and are what they would be."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_a_slow_link_is_named_once(folder: Path, tmp_path: Path, monkeypatch: py
     assert told.startswith(f"{server.url} comes at ") and "training waits for it" in told
 
 
-def test_the_first_micro_batch_comes_alone(folder: Path, tmp_path: Path) -> None:
+def test_the_first_step_comes_alone(folder: Path, tmp_path: Path) -> None:
     seen: list[Asked] = []
     come, lock = threading.Event(), threading.Lock()
 
@@ -121,8 +121,8 @@ def test_the_first_micro_batch_comes_alone(folder: Path, tmp_path: Path) -> None
         open_dataset(server.url, block_bytes=8400, cache=Place(tmp_path)) as dataset,
     ):
         server.fault = fault
-        with loader(dataset) as loading:
+        with loader(dataset, micro_batches=1) as loading:
             loading.step(0)
             loading.step(1)
             pieces = len({asked for asked in server.asked if asked.name.endswith(".tar") and asked.method == "GET"})
-    assert 1 <= len(seen) <= 3 < pieces  # a micro batch of three samples has no more pieces
+    assert 1 <= len(seen) <= 3 < pieces  # a step of three samples has no more pieces
