@@ -26,7 +26,7 @@ import numpy as np
 BLOCK_BYTES = 4 << 20  # of a block of a remote data set, on average: smaller requests are ruled by latency
 IN_FLIGHT = 16  # requests of one worker
 SMALL_IN_FLIGHT = 4 * IN_FLIGHT  # requests that are ruled by latency: indexes, looks at a tar, single samples
-BY_THEMSELVES = 4  # times smaller than their piece: samples of the first step that are waited for alone
+BY_THEMSELVES = 4  # one in so many samples of a piece, or fewer: those of the first step come before it
 LEAST_AHEAD = 2 * IN_FLIGHT  # pieces: so many are under way, and as many wait to be used
 SCATTERED = 1.5  # times its bytes that the blocks of a tar would be: its members are not in the order of its samples
 FILLED = 0.95  # of the cache, after eviction
@@ -65,9 +65,9 @@ def extent(begin: int, end: int, tar_bytes: int, page: int) -> tuple[int, int]:
     return begin // page * page, min(-(-end // page) * page, tar_bytes)
 
 
-def by_themselves(sample_bytes: int, piece_bytes: int) -> bool:
-    """Whether samples of the first step are fetched before the piece that has them, and again with it."""
-    return BY_THEMSELVES * sample_bytes <= piece_bytes
+def by_themselves(wanted: int, samples: int) -> bool:
+    """Whether samples that the first step wants are fetched before the piece that has them, and again with it."""
+    return BY_THEMSELVES * wanted <= samples
 
 
 def is_scattered(begins: np.ndarray, ends: np.ndarray, tar_bytes: int) -> bool:

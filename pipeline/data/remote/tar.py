@@ -64,14 +64,15 @@ class RemoteTar:
         return [wait for block, mine in by_block.items() for wait in self._ask_rows(block, mine)]
 
     def _ask_rows(self, block: int, rows: list[int]) -> list[Wait]:
-        (begin, end), pages = self.extents[block], [self._pages_of(row) for row in rows]
-        alone = cache_policy.by_themselves(sum(last - first for first, last in pages), end - begin)
-        if not (alone and self._apart) or self._is_kept(begin, end):
+        first = (self._first + block) * self._block - self._start
+        samples = min(first + self._block, self._segment.samples) - max(first, 0)
+        alone = self._apart and cache_policy.by_themselves(len(rows), samples)
+        if not alone or self._is_kept(*self.extents[block]):
             return [self.ask(block)]
-        for row, place in zip(rows, pages):
+        for row in rows:
             if row not in self._laid:
                 self._laid[row] = Wait()
-                self.remote.heads.ask(self._laid[row], partial(self._lay, block, *place))
+                self.remote.heads.ask(self._laid[row], partial(self._lay, block, *self._pages_of(row)))
         return [self._laid[row] for row in rows]
 
     def _lay(self, block: int, begin: int, end: int) -> None:

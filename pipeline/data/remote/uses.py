@@ -49,9 +49,9 @@ class Remote:
 
     def size_alone(self, piece: int, samples: int) -> int:
         """Bytes that are fetched for samples of a piece by themselves, about; 0 when the whole piece is."""
-        shard = self.pieces.rows(piece)[0]
-        size = samples * (int(self.tars[shard] / self.counts[shard]) + PAGE)
-        return size if by_themselves(size, self.size(piece)) else 0
+        shard, first, end = self.pieces.rows(piece)
+        size = int(self.tars[shard] / self.counts[shard]) + PAGE
+        return samples * size if by_themselves(samples, end - first) else 0
 
 
 class Uses(NamedTuple):
