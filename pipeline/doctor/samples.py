@@ -141,8 +141,8 @@ def _prepare(
     rng: np.random.Generator | None,
     prepare: Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]],
 ) -> list[dict[str, np.ndarray]]:
-    """Read and prepare samples spread over the set; the good ones, up to a micro batch."""
-    good, bad, looked, began = [], [], 0, time.perf_counter()
+    """Read and prepare samples spread over the set: of the micro batches that the good ones make, the longest."""
+    good, longest, bad, looked, began = [], [], [], 0, time.perf_counter()
     try:
         numbers = _spread(dataset)
     except DataError as error:  # a part of the index
@@ -154,9 +154,9 @@ def _prepare(
         try:
             if _of_no_class(config, sample):
                 continue  # told of by the index
-            array = prepare(sample, rng)
-            if len(good) < config.micro_batch_size:
-                good.append(array)
+            good.append(prepare(sample, rng))
+            if len(good) == config.micro_batch_size:
+                longest, good = max(longest, good, key=_length), []
         except DataError as error:
             bad.append(str(error))
         except Exception as error:  # a task's own code
@@ -174,7 +174,12 @@ def _prepare(
             message = f"{share}: " + "\n      ".join(bad[:SHOWN])
             mend = "`millstream data repair` writes the set without them; data.bad_samples: substitute goes on"
             report.add("error", PART, place, message, mend)
-    return good
+    return longest or good
+
+
+def _length(rows: list[dict[str, np.ndarray]]) -> int:
+    """How long the samples of a micro batch are together, where a task says so; of those it fills up, more is kept."""
+    return sum(1 + int(row.get("length", 0)) for row in rows)
 
 
 def _of_no_class(config: Config, sample: Sample) -> bool:
