@@ -41,10 +41,7 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
     reading: also read samples; else what the indexes say is all.
     """
     task = made_task(config, report)
-    try:
-        load_decoders(config.data.decoders)
-    except ConfigError as error:
-        report.refuse(PART, error, "data.decoders")
+    if not decoders(config, report):
         return []
     prepared: list[dict[str, np.ndarray]] = []
     identities: dict[str, str] = {}
@@ -66,13 +63,21 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
             if reading and task is not None:
                 good = _prepare(config, report, place, dataset, _rng(config, task, training), task.prepare)
                 prepared += good if training and len(prepared) < config.micro_batch_size else []
-    if (
-        reading
-        and identities
-        and not any(f.level == "error" and f.problem.place.startswith("data") for f in report.findings)
-    ):
+    here = reading or not any("://" in str(folder) for _, folder in places(config))
+    broken = any(f.level == "error" and f.problem.place.startswith("data") for f in report.findings)
+    if here and identities and not broken:
         _order(config, report)
     return prepared[: config.micro_batch_size]
+
+
+def decoders(config: Config, report: Report) -> bool:
+    """Whether those that the configuration names can be imported."""
+    try:
+        load_decoders(config.data.decoders)
+    except ConfigError as error:
+        report.refuse(PART, error, "data.decoders")
+        return False
+    return True
 
 
 def places(config: Config) -> Iterator[tuple[str, Path | str]]:

@@ -88,7 +88,7 @@ def test_all_mistakes_come_at_once_each_with_its_line(good: Path, tmp_path: Path
 def test_train_and_submit_ask_it_too(base: str, key: str | None, value: int, good: Path, tmp_path: Path) -> None:
     entry = {"id": "x", "base": base, "set": {key: value} if key else {}}
     config = configs.load(corpus.make(entry, good, tmp_path / "it"))
-    said = [problem.place for problem in before(config)]
+    said = [finding.problem.place for finding in before(config).of("error")]
     assert set(said) == ({key} if key else set())
     report = examined.run(entry, good, tmp_path / "whole")
     assert set(said) <= {finding.problem.place for finding in report.of("error")}
