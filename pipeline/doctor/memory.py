@@ -71,11 +71,16 @@ def need(config: Config, network: Network, world_size: int, on_gpu: bool = False
         weights=weights + gathered,
         masters=4 * trained // shared if copies else 0,
         optimizer=kept * 4 * trained // shared,
-        gradients=4 * trained // (world_size if stage >= 2 else 1),
-        buckets=_buckets(config, trained, size),
+        gradients=4 * trained // (world_size if stage >= 2 else 1) + (size * trained if _accumulates(config) else 0),
+        buckets=0 if _accumulates(config) else _buckets(config, trained, size),
         activations=network.activations or 0,
         update=_update(config, network, shared, on_gpu),
     )
+
+
+def _accumulates(config: Config) -> bool:
+    """Whether DeepSpeed adds up gradients in fp32 beside those in low precision, and fills buckets after the pass."""
+    return config.zero.stage == 1 and config.precision.dtype != "fp32"
 
 
 def _buckets(config: Config, trained: int, size: int) -> int:
@@ -116,7 +121,9 @@ def _update(config: Config, network: Network, shared: int, on_gpu: bool) -> int:
         return gradients + int(between * 4 * network.largest)  # one parameter at a time
     stepped = max(network.groups, default=0)
     if config.zero.stage < 3:  # a group's gradients are let go when their copy is there
-        return gradients + int(max(1.0, between) * 4 * stepped // shared)
+        step = gradients + int(max(1.0, between) * 4 * stepped // shared)
+        sent = 6 * network.trained + _buckets(config, network.trained, 2) if _accumulates(config) else 0
+        return max(step, sent)
     stepped = min(stepped, _setting(config, "sub_group_size", 1_000_000_000) * shared)
     return gradients + int((1 + between) * 4 * stepped // shared) + _buckets(config, network.trained, 4)
 
