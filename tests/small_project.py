@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from pipeline.config import load
 from pipeline.problems import InvalidConfig, Problem
+from tests import small_data
 
 TASK = """
 from pathlib import Path
@@ -39,11 +41,15 @@ GOOD: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with two indexed data folders, a task of its own, and good.yaml."""
-    for split in ("train", "test"):
-        (tmp_path / "data" / split).mkdir(parents=True)
-        (tmp_path / "data" / split / "shards.idx").write_text("{}")
+def project(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A working directory with two packed data sets, a task of its own, and good.yaml."""
+    packed = tmp_path_factory.getbasetemp() / "packed"
+    if not packed.is_dir():
+        small_data.images(packed / "train")
+        small_data.images(packed / "test", count=40)
+    shutil.copytree(packed, tmp_path / "data")
     (tmp_path / "house").mkdir()
     (tmp_path / "house" / "blobs.py").write_text(TASK)
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(GOOD, sort_keys=False))

@@ -225,8 +225,8 @@ def _submit(request: Request, render: bool, to: Path | None, watch: bool, force:
     plan = submit.prepare(request)
     if render:
         _show(plan, to)
-    for note in plan.notes:
-        terminal.warn(note)
+    for note in (*plan.notes, *plan.warnings):
+        terminal.warn(str(note))
     if plan.problems:
         error = InvalidConfig(str(request.config), plan.problems)
         if not force:

@@ -29,7 +29,6 @@ from pipeline.cluster.attempt import Attempt, Solo
 from pipeline.cluster.failure import Failure, diagnose, first_line
 from pipeline.cluster.supervise import supervise
 from pipeline.config import Config
-from pipeline.problems import InvalidConfig
 from pipeline.track import journal
 from pipeline.track.code import version as code_version
 from pipeline.track.console import Console, Lines
@@ -58,18 +57,13 @@ def run(
     before the first attempt.
     """
     config = configs.resolve(config)
-    if config.data.decoders:  # a wrong import path is found here, not in a worker
-        from pipeline.data.decode import load_decoders
+    say, display = (partial(print, file=sys.stderr), Lines) if as_json else (print, Console)
+    from pipeline.doctor.examine import refuse
 
-        load_decoders(config.data.decoders)
-    from pipeline.doctor.examine import before
-
-    if problems := before(config):
-        raise InvalidConfig(f"run {config.name}", problems)
+    refuse(config, say)
     folder = folder or history.run_folder(config, fresh)
     alone = config.cluster.workers == 0
     terminal = output.shared if alone else output.apart
-    say, display = (partial(print, file=sys.stderr), Lines) if as_json else (print, Console)
     with lease.take(folder, say=say), terminal(folder / "logs" / "driver.log") as stream:
         console = display(config, folder, stream)
         history.note_configuration(config, folder, console.say)

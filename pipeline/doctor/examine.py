@@ -3,7 +3,7 @@
     file -> configuration -> data -> network -> memory, storage -> surroundings -> target -> one real step -> Report
 
 Each part is what `train` or `submit` does itself, asked beforehand; nothing here knows a rule of its own that another
-place has. `before` is the part of it that both of them ask: what costs no torch and no second look at the samples.
+place has. `before` is the part of it that both of them ask: what asks nobody and reads no samples.
 What it gives up: the real step when something else fails already.
 """
 
@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.doctor import samples
 from pipeline.doctor.findings import Report
 from pipeline.errors import MillstreamError
-from pipeline.problems import InvalidConfig, Problem, nearest
+from pipeline.problems import InvalidConfig, nearest
 
 SMALLER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "error")
 HIGH = {"sgd": 100.0, "adadelta": 100.0}  # learning rates above which nothing is known to learn; others: 1
@@ -63,6 +63,7 @@ def examine(
     world_size = target.world_size or max(1, config.cluster.workers)
     with report.timed("configuration"):
         _numbers(config, report, world_size)
+        _deepspeed(config, report, world_size)
     progress("data")
     with report.timed("data"):
         looked = samples.look(config, report)
@@ -92,15 +93,30 @@ def examine(
     return report
 
 
-def before(config: Config) -> list[Problem]:
-    """What `train` and `submit` ask before anything is paid for.
+def before(config: Config) -> Report:
+    """What `train` and `submit` ask before anything is paid for: all that asks nobody and reads no samples.
 
-    Can the task be made (its tokenizer and what was packed by it, its own code), and are there samples of no class of
-    it, by the index.
+    The batch at the number of workers and numbers by which nothing is learnt; decoders, the task (its tokenizer and
+    what was packed by it, its own code), shards and their index, samples of no class by it, enough of them for the
+    steps; whether the run can be written; versions, W&B's mode, secrets.
     """
-    report = Report()
+    from pipeline.doctor import places, surroundings
+
+    report, workers = Report(), max(1, config.cluster.workers)
+    _numbers(config, report, workers)
     samples.look(config, report, reading=False)
-    return [finding.problem for finding in report.of("error") if finding.problem.place.partition(".")[0] == "task"]
+    places.look(config, report, None)
+    surroundings.look(config, report, None, workers)
+    return report
+
+
+def refuse(config: Config, say: Callable[[str], None]) -> None:
+    """Ask `before`; `say` hears each warning. Raises InvalidConfig with all errors."""
+    report = before(config)
+    if report.fails:
+        raise InvalidConfig(f"run {config.name}", [finding.problem for finding in report.of("error")])
+    for finding in report.of("warning"):
+        say(f"warning: {finding.problem}")
 
 
 def _configuration(path: Path, overrides: tuple[str, ...], report: Report) -> Config | None:
@@ -117,7 +133,7 @@ def _configuration(path: Path, overrides: tuple[str, ...], report: Report) -> Co
 
 
 def _numbers(config: Config, report: Report, world_size: int) -> None:
-    """The batch at the world size, DeepSpeed's own keys, and numbers by which nothing is learnt."""
+    """The batch at the world size, and numbers by which nothing is learnt."""
     part, micros = "configuration", config.micro_batches
     if world_size > micros:
         message = f"{world_size} workers share {micros} micro batches a step, and each needs one"
@@ -132,18 +148,6 @@ def _numbers(config: Config, report: Report, world_size: int) -> None:
         fits = next(size for size in range(world_size, 0, -1) if micros % size == 0)
         mend = f"{fits} workers, or global_batch_size {most * world_size * config.micro_batch_size}"
         report.add("warning", part, "world size", message, mend)
-    if config.zero.extra:
-        from pipeline.zero import deepspeed_config
-
-        set_before = "DS_ACCELERATOR" in os.environ
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its search for one is told on the terminal
-        try:
-            deepspeed_config(config, min(world_size, micros))
-        except MillstreamError as error:
-            report.refuse(part, error, "zero.extra")
-        finally:
-            if not set_before:
-                del os.environ["DS_ACCELERATOR"]  # the real step looks for itself
     for key in (key for key, value in config.zero.extra.items() if value == "auto"):
         message = f"`{key}: auto` means nothing to DeepSpeed by itself: its default is taken"
         report.add("warning", part, f"zero.extra.{key}", message, "leave it out, or give a number")
@@ -158,6 +162,23 @@ def _numbers(config: Config, report: Report, world_size: int) -> None:
     if config.evaluate.mode == "max" and best.rpartition("/")[2] in SMALLER_IS_BETTER:
         message = f"the largest {best} is kept as the best, and smaller is better"
         report.add("warning", part, "evaluate.mode", message, "evaluate.mode: min")
+
+
+def _deepspeed(config: Config, report: Report, world_size: int) -> None:
+    """DeepSpeed's own keys, by itself; to import it takes seconds."""
+    if not config.zero.extra:
+        return
+    from pipeline.zero import deepspeed_config
+
+    set_before = "DS_ACCELERATOR" in os.environ
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its search for one is told on the terminal
+    try:
+        deepspeed_config(config, min(world_size, config.micro_batches))
+    except MillstreamError as error:
+        report.refuse("configuration", error, "zero.extra")
+    finally:
+        if not set_before:
+            del os.environ["DS_ACCELERATOR"]  # the real step looks for itself
 
 
 def _network(config: Config, report: Report, looked: list[Any], world_size: int, target: Target) -> Any:
@@ -219,6 +240,8 @@ def _target(
         return
     for problem in plan.problems:
         report.put("error", "target", problem)
+    for problem in plan.warnings:
+        report.put("warning", "target", problem)
     for note in plan.notes:
         report.add("note", "target", "target", note)
     pods = target.options.get("nodes", "1")

@@ -25,12 +25,14 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
+    unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import optim, task_file
 from pipeline.config import Config
+from pipeline.doctor import recurrent
 from pipeline.doctor.findings import Report
 from pipeline.errors import MillstreamError
 from pipeline.prepare import input_cast, prepare
@@ -42,7 +44,8 @@ UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, Unsupporte
 
 @dataclass(frozen=True)
 class Network:
-    """parameters, trained: numbers.  largest: of one parameter.  buffers: bytes.  kind: class of the module.
+    """parameters, trained: numbers.  largest: of one parameter.  groups: trained numbers of each of the optimizer's
+    groups.  buffers: bytes.  kind: class of the module.
 
     activations: bytes alive at the peak of forward and backward of one micro batch beside parameters and their
     gradients, None when that cannot be told.  metrics: what is told of an evaluation.
@@ -52,6 +55,7 @@ class Network:
     parameters: int
     trained: int
     largest: int
+    groups: tuple[int, ...]
     buffers: int
     activations: int | None
     metrics: tuple[str, ...]
@@ -76,10 +80,11 @@ def look(config: Config, report: Report, samples: Sequence[Mapping[str, np.ndarr
         else:
             report.add("error", PART, "task", f"the network cannot be built: {said}", "look at the numbers in task")
         return None
+    groups: list[dict[str, Any]] = []
     for step in (
         lambda: optim.freeze(model, config.optim),
         lambda: prepare(model, DTYPES[config.precision.dtype], recompute=config.activation_checkpointing),
-        lambda: optim.parameter_groups(model, config.optim),
+        lambda: groups.extend(optim.parameter_groups(model, config.optim)),
     ):
         try:
             step()
@@ -94,6 +99,7 @@ def look(config: Config, report: Report, samples: Sequence[Mapping[str, np.ndarr
         parameters=sum(size for size, _ in sizes),
         trained=sum(size for size, trained in sizes if trained),
         largest=max((size for size, _ in sizes), default=0),
+        groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         activations=activations,
         metrics=metrics,
@@ -121,20 +127,20 @@ def _run(
     rows = [samples[i % len(samples)] for i in range(config.micro_batch_size)]
     dtype, metrics = DTYPES[config.precision.dtype], ()
     try:
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            arrays = {name: np.stack([row[name] for row in rows[:1]]) for name in rows[0]}
-            batch = {name: _fake(mode, array, len(rows)) for name, array in arrays.items()}
+            batch = {name: _given(mode, array) for name, array in arrays.items()}
             module = _without_bytes(model, dtype).train()
             module.register_forward_pre_hook(input_cast(dtype, torch.device("cpu")), with_kwargs=True)
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(_let_go)
-            with Alive() as alive:
+            with Alive() as alive, recurrent.Numbers():
                 loss, _ = task.loss(module, batch)
                 loss.float().backward()
             del loss
             module.eval()
-            with torch.no_grad(), suppress(*UNKNOWN):  # what training takes is known by now
+            with torch.no_grad(), recurrent.Numbers(), suppress(*UNKNOWN):  # what training takes is known by now
                 metrics = tuple(task.score(module, batch)) if config.data.evaluate else ()
         return alive.peak, metrics
     except UNKNOWN as error:
@@ -152,11 +158,14 @@ def _mend(said: str) -> str:
     return "sizes of the network and of the data do not fit: see task.model and the sizes of the samples"
 
 
-def _fake(mode: FakeTensorMode, array: np.ndarray, rows: int) -> Tensor:
-    """[rows, ...] of the type of `array`, which is [1, ...]."""
+def _given(mode: FakeTensorMode, array: np.ndarray) -> Tensor:
+    """[rows, ...] without bytes; whole numbers, one of each row (lengths, labels), as they are."""
+    if array.ndim == 1 and array.dtype.kind in "iu":
+        with unset_fake_temporarily():
+            return torch.from_numpy(array)
     dtype = torch.from_numpy(array[:0]).dtype
     with mode:
-        return torch.empty((rows, *array.shape[1:]), dtype=dtype)
+        return torch.empty(array.shape, dtype=dtype)
 
 
 def _without_bytes(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -20,6 +20,7 @@ from pipeline.doctor.findings import Report
 
 PART = "storage"
 TRIED = 8 << 20  # bytes that are written to see how fast it is
+SMALL = 1 << 16  # bytes that are written to see whether it can be
 SLOW = 60.0  # seconds of one save that are worth a word
 MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 OFFSET = 5.0  # seconds that a file system's clock may be away from this machine's
@@ -32,7 +33,7 @@ def look(config: Config, report: Report, parameters: int | None) -> None:
     if not there.is_dir():
         report.add("error", PART, "runs", f"{there} is a file, not a folder", "name another folder")
         return
-    speed = _write(report, there)
+    speed = _write(report, there, TRIED if parameters is not None else SMALL)
     if speed is None:
         return
     kind = _kind(there)
@@ -43,18 +44,18 @@ def look(config: Config, report: Report, parameters: int | None) -> None:
         _room(config, report, folder, parameters, speed)
 
 
-def _write(report: Report, there: Path) -> float | None:
+def _write(report: Report, there: Path, size: int) -> float | None:
     """Bytes a second of a file that is written, synced and removed; None when it cannot be."""
     probe = there / f".millstream-{secrets.token_hex(6)}"
-    content = os.urandom(1 << 20)
+    content = os.urandom(SMALL)
     try:
         began = time.perf_counter()
         with probe.open("xb") as file:
-            for _ in range(TRIED // len(content)):
+            for _ in range(size // SMALL):
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        speed = TRIED / (time.perf_counter() - began)
+        speed = size / (time.perf_counter() - began)
         offset = probe.stat().st_mtime - time.time()
         if abs(offset) > OFFSET:
             message = f"the clock of {there} is {offset:+.0f} s away from this machine's"

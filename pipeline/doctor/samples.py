@@ -41,10 +41,7 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
     reading: also read samples; else what the indexes say is all.
     """
     task = made_task(config, report)
-    try:
-        load_decoders(config.data.decoders)
-    except ConfigError as error:
-        report.refuse(PART, error, "data.decoders")
+    if not decoders(config, report):
         return []
     prepared: list[dict[str, np.ndarray]] = []
     identities: dict[str, str] = {}
@@ -66,13 +63,21 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
             if reading and task is not None:
                 good = _prepare(config, report, place, dataset, _rng(config, task, training), task.prepare)
                 prepared += good if training and len(prepared) < config.micro_batch_size else []
-    if (
-        reading
-        and identities
-        and not any(f.level == "error" and f.problem.place.startswith("data") for f in report.findings)
-    ):
+    here = reading or not any("://" in str(folder) for _, folder in places(config))
+    broken = any(f.level == "error" and f.problem.place.startswith("data") for f in report.findings)
+    if here and identities and not broken:
         _order(config, report)
     return prepared[: config.micro_batch_size]
+
+
+def decoders(config: Config, report: Report) -> bool:
+    """Whether those that the configuration names can be imported."""
+    try:
+        load_decoders(config.data.decoders)
+    except ConfigError as error:
+        report.refuse(PART, error, "data.decoders")
+        return False
+    return True
 
 
 def places(config: Config) -> Iterator[tuple[str, Path | str]]:
@@ -141,8 +146,8 @@ def _prepare(
     rng: np.random.Generator | None,
     prepare: Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray]],
 ) -> list[dict[str, np.ndarray]]:
-    """Read and prepare samples spread over the set; the good ones, up to a micro batch."""
-    good, bad, looked, began = [], [], 0, time.perf_counter()
+    """Read and prepare samples spread over the set: of the micro batches that the good ones make, the longest."""
+    good, longest, bad, looked, began = [], [], [], 0, time.perf_counter()
     try:
         numbers = _spread(dataset)
     except DataError as error:  # a part of the index
@@ -154,9 +159,9 @@ def _prepare(
         try:
             if _of_no_class(config, sample):
                 continue  # told of by the index
-            array = prepare(sample, rng)
-            if len(good) < config.micro_batch_size:
-                good.append(array)
+            good.append(prepare(sample, rng))
+            if len(good) == config.micro_batch_size:
+                longest, good = max(longest, good, key=_length), []
         except DataError as error:
             bad.append(str(error))
         except Exception as error:  # a task's own code
@@ -174,7 +179,12 @@ def _prepare(
             message = f"{share}: " + "\n      ".join(bad[:SHOWN])
             mend = "`millstream data repair` writes the set without them; data.bad_samples: substitute goes on"
             report.add("error", PART, place, message, mend)
-    return good
+    return longest or good
+
+
+def _length(rows: list[dict[str, np.ndarray]]) -> int:
+    """How long the samples of a micro batch are together, where a task says so; of those it fills up, more is kept."""
+    return sum(1 + int(row.get("length", 0)) for row in rows)
 
 
 def _of_no_class(config: Config, sample: Sample) -> bool:

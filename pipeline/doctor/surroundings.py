@@ -34,10 +34,13 @@ STORES = {  # of a store -> variables of which one at least is usually set
 FILES = {"s3": "~/.aws/credentials", "gs": "~/.config/gcloud/application_default_credentials.json", "az": "~/.azure"}
 
 
-def look(config: Config, report: Report, target: str, world_size: int) -> None:
-    """Note what is around; `target` is where the run goes, where this machine does not count for all."""
+def look(config: Config, report: Report, target: str | None, world_size: int) -> None:
+    """Note what is around; `target` is where the run goes, where this machine does not count for all.
+
+    None: nobody is asked, and nothing said of what the start of a run tells by itself.
+    """
     _versions(report)
-    _wandb(config, report)
+    _wandb(config, report, asking=target is not None)
     _secrets(config, report)
     if os.environ.get("MILLSTREAM_KILL"):
         message = "is set: workers will be killed on purpose, as in a test"
@@ -65,7 +68,7 @@ def _versions(report: Report) -> None:
             report.add(level, PART, "versions", message, f"pip install {name}=={want}")
 
 
-def _wandb(config: Config, report: Report) -> None:
+def _wandb(config: Config, report: Report, asking: bool) -> None:
     place, said = "track.wandb", os.environ.get("WANDB_MODE")
     if said and said not in MODES and config.track.wandb == "auto":
         mend = nearest(said, MODES) or f"one of: {', '.join(MODES)}"
@@ -77,13 +80,15 @@ def _wandb(config: Config, report: Report) -> None:
     if mode != "online":
         return
     key = account.key()
-    if key is None:
+    if key is None and asking:
         message = "there is no key, so the run is written offline"
         report.add("warning", PART, place, message, "wandb login, or set WANDB_API_KEY; or track.wandb: offline")
-    elif len(key.rpartition("-")[2]) < 40:
+    elif key is not None and len(key.rpartition("-")[2]) < 40:
         report.add(
             "warning", PART, "WANDB_API_KEY", "is shorter than W&B's keys, which have 40 characters", "wandb login"
         )
+    if not asking:
+        return
     url = urllib.parse.urlsplit(account.server())
     try:
         port = url.port or (443 if url.scheme == "https" else 80)

@@ -21,7 +21,9 @@ from pipeline import config as configs
 from pipeline.cluster import history, lease
 from pipeline.cluster import sweep as sweeps
 from pipeline.config import Config
+from pipeline.doctor import samples
 from pipeline.doctor.examine import before
+from pipeline.doctor.findings import Report
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.problems import InvalidConfig, Problem
 from pipeline.submit import code, jobs, secrecy, slurm
@@ -50,12 +52,13 @@ class Request:
 
 
 class Plan(NamedTuple):
-    """What would be sent. notes: what is well to know, but no mistake."""
+    """What would be sent. warnings: by which it may be worth less.  notes: what is well to know, but no mistake."""
 
     request: Request
     run: Submission
     rendered: dict[str, str]
     problems: list[Problem]
+    warnings: list[Problem]
     notes: list[str]
 
     @property
@@ -104,12 +107,16 @@ def prepare(request: Request) -> Plan:
     rendered = target.render(config, run)
     problems += [*target.lint(rendered), *code.problems(run.files)]
     problems += secrecy.problems({name: path.read_text() for name, path in run.files.items()}, code=True)
-    problems += decoders(config)
+    asked = Report()
     if seen and not any(problem.place.startswith("data") for problem in problems):
-        problems += before(config)
+        asked = before(config)
+    else:  # the data are looked at where the job runs
+        samples.decoders(config, asked)
+    problems += [finding.problem for finding in asked.of("error") if finding.problem not in problems]
+    warnings = [finding.problem for finding in asked.of("warning")]
     if seen:
         problems += [problem for each in members or [config] for problem in run_state(each)]
-    plan = Plan(request, run, rendered, problems, list(notes(config, code_found, seen)))
+    plan = Plan(request, run, rendered, problems, warnings, list(notes(config, code_found, seen)))
     plan.problems.extend(still_there(plan.home))
     return plan
 
@@ -151,17 +158,6 @@ def combinations(name: str, grid: Mapping[str, Sequence[str]]) -> list[tuple[str
     """Overrides of each member of a sweep: every combination of values, and a name of its own, <name>.<number>."""
     members = itertools.product(*([f"{key}={value}" for value in values] for key, values in grid.items()))
     return [(*values, f"name={name}.{number}") for number, values in enumerate(members)] if grid else []
-
-
-def decoders(config: Config) -> list[Problem]:
-    """Decoders that the configuration names and that cannot be imported."""
-    from pipeline.data.decode import load_decoders
-
-    try:
-        load_decoders(config.data.decoders)
-    except ConfigError as error:
-        return [Problem("data.decoders", str(error))]
-    return []
 
 
 def run_state(config: Config) -> list[Problem]:

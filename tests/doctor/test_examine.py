@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline import config as configs
-from pipeline.doctor.examine import before
+from pipeline.doctor.examine import before, refuse
 from pipeline.doctor.findings import Report, told
+from pipeline.problems import InvalidConfig
 from tests.doctor import corpus, examined
 
 DEVELOPMENT = [entry for entry in corpus.entries("broken") if entry["id"] not in corpus.held_out()]
@@ -88,10 +89,21 @@ def test_all_mistakes_come_at_once_each_with_its_line(good: Path, tmp_path: Path
 def test_train_and_submit_ask_it_too(base: str, key: str | None, value: int, good: Path, tmp_path: Path) -> None:
     entry = {"id": "x", "base": base, "set": {key: value} if key else {}}
     config = configs.load(corpus.make(entry, good, tmp_path / "it"))
-    said = [problem.place for problem in before(config)]
+    said = [finding.problem.place for finding in before(config).of("error")]
     assert set(said) == ({key} if key else set())
     report = examined.run(entry, good, tmp_path / "whole")
     assert set(said) <= {finding.problem.place for finding in report.of("error")}
+
+
+def test_train_says_its_warnings_and_stops_at_errors(good: Path, tmp_path: Path) -> None:
+    set_values = {"optim.lr": 500.0, "cluster.workers": 3}
+    path = corpus.make({"id": "x", "base": "images", "set": set_values}, good, tmp_path / "it")
+    heard: list[str] = []
+    refuse(configs.load(path), heard.append)
+    said = "\n".join(heard)
+    assert "far too high" in said and "do not divide among 3 workers" in said
+    with pytest.raises(InvalidConfig, match="labels go from 0 to 2"):
+        refuse(configs.load(path, ["task.classes=3"]), heard.append)
 
 
 def test_the_command_says_it_to_people_and_programs(good: Path, tmp_path: Path) -> None:

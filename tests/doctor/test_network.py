@@ -79,7 +79,7 @@ def test_bytes_count_while_they_live() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_each_stage_shares_more(stage: int, good: Path, tmp_path: Path) -> None:
     config = configs.load(corpus.make({"id": "x", "base": "words", "set": {"zero": {"stage": stage}}}, good, tmp_path))
-    it = network.Network("N", 10**9, 10**9, 10**6, 0, 0, ())
+    it = network.Network("N", 10**9, 10**9, 10**6, (10**9,), 0, 0, ())
     alone, four = memory.need(config, it, 1), memory.need(config, it, 4)
     assert four.optimizer == alone.optimizer // (4 if stage else 1)
     assert four.gradients == alone.gradients // (4 if stage >= 2 else 1)
