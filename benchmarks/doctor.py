@@ -111,8 +111,8 @@ def truth(path: Path, folder: Path) -> str | None:
 
     try:
         config = configs.resolve(configs.load(path))
-        if problems := before(config):
-            return str(problems[0])
+        if problems := before(config).of("error"):
+            return str(problems[0].problem)
         if config.cluster.workers:
             ray.require(config, {"CPU": float(len(os.sched_getaffinity(0)))})
         Path(config.runs).mkdir(parents=True, exist_ok=True)
