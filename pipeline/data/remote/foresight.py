@@ -64,7 +64,7 @@ class Foresight:
         self._known: deque[Plan] = deque()
         self._epochs: dict[int, int] = {}  # piece -> epoch that needs it
         self._rows, self._taken, self._began = 0, 0, time.monotonic()
-        self._ended = self._closed = self._rests = False
+        self._ended = self._closed = False
         self._wake = threading.Condition()
         threading.Thread(target=self._look, name="foresight", daemon=True).start()
 
@@ -99,12 +99,6 @@ class Foresight:
                 turns = self._again(source, epoch, fetching.pieces.first_sample(piece)) if self._again else None
                 fetching.release(piece, None if turns is None else time.time() + pace * max(0.0, turns - self._taken))
 
-    @property
-    def is_far(self) -> bool:
-        """Whether all is asked for that shall be asked for now."""
-        with self._wake:
-            return self._ended or (self._rests and not self._may_look())
-
     def close(self) -> None:
         """Nobody waits for bytes any more."""
         with self._wake:
@@ -116,9 +110,7 @@ class Foresight:
     def _look(self) -> None:
         while True:
             with self._wake:
-                self._rests = True
                 self._wake.wait_for(self._may_look)
-                self._rests = False
                 if self._closed:
                     return
             try:

@@ -20,8 +20,7 @@ from pipeline.data.mixture import Mixture, Source
 from pipeline.data.reader import Sample
 from pipeline.data.remote import uses
 from pipeline.data.remote.cache_policy import Ahead
-from pipeline.data.remote.crew import Wait
-from pipeline.data.remote.foresight import Foreseen, Foresight
+from pipeline.data.remote.foresight import Foreseen
 from pipeline.data.remote.link import Link, Transfers
 from pipeline.data.remote.node import Node, Piece, Worker
 from pipeline.data.remote.simulate import Topology, lockstep, of_config, of_folder, simulate
@@ -262,7 +261,7 @@ def test_bytes_are_those_that_a_run_fetches(folder: Path, tmp_path: Path) -> Non
             with stream.loader(Texts(), node, 2, 0) as loader:
                 for step in range(8):
                     loader.step(step)
-                    while not (foresight(loader).is_far and all(wait.is_done for wait in waits(stream))):
+                    while not has_all(stream, loader):
                         time.sleep(0.01)
             stream.close()
             fetched = sum(each.end - each.begin for each in server.asked if each.name.endswith((".tar", ".tar.idx")))
@@ -273,17 +272,19 @@ def test_bytes_are_those_that_a_run_fetches(folder: Path, tmp_path: Path) -> Non
         assert predicted == pytest.approx(fetched, rel=0.1)
 
 
-def foresight(loader: Loader) -> Foresight:
+def has_all(stream: Stream, loader: Loader) -> bool:
+    """Whether all pieces are here that shall be asked for now."""
     assert isinstance(loader._ahead, Foreseen)
-    return loader._ahead._foresight
-
-
-def waits(stream: Stream) -> list[Wait]:
-    """For shards and pieces that were asked for."""
-    remote = stream.datasets[0].remote
-    assert remote is not None
-    shards = list(remote._shards.values())
-    return [*shards, *(each for shard in shards if shard.is_done for each in shard.result()[1]._waits.values())]
+    foresight, fetching = loader._ahead._foresight, stream.datasets[0].remote
+    assert fetching is not None
+    with foresight._wake:
+        if not foresight._ended and foresight._may_look():
+            return False
+    for piece in list(foresight._epochs):
+        tar = fetching._tar(fetching.pieces.rows(piece)[0])
+        if tar is None or fetching.pieces.block_in(piece) not in tar.blocks:
+            return False
+    return True
 
 
 def test_the_command_on_a_configuration(millstream: Run, folder: Path, tmp_path: Path) -> None:  # noqa: F811
