@@ -7,15 +7,17 @@ wrong, so that rules across keys are checked in the same go.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipeline.errors import ConfigError
 
+UNION_TAG = re.compile(r"\[key\]|constrained-\w+|literal\[.*\]")  # pydantic's, in an error's place
 # The key that people look for, in the words of other trainers -> where it is here.
 ELSEWHERE = {
     "learning_rate": "optim.lr",
@@ -74,7 +76,7 @@ def explain(
     """Pydantic's errors in plain words. `sections` names the models of top-level keys that `model` leaves open."""
     problems = []
     for item in error.errors(include_url=False):
-        location = tuple(part for part in item["loc"] if part != "[key]")
+        location = tuple(part for part in item["loc"] if not UNION_TAG.fullmatch(str(part)))
         place, key = ".".join(map(str, location)), str(location[-1]) if location else ""
         owner = _model_at(model, location[:-1], sections)
         message, suggestion = _words(item["type"], item["input"], item.get("ctx", {}), item["msg"])
@@ -82,7 +84,11 @@ def explain(
             suggestion = _known_key(key, owner, model)
         elif item["type"] == "missing" and owner:
             suggestion = f"add `{key}: ...` ({owner.model_fields[key].description or 'a section'})"
-        problems.append(Problem(place, message, suggestion=suggestion))
+        if problems and problems[-1].place == place and item["type"] == "literal_error":  # the other half of a union
+            choices = item["ctx"]["expected"].replace("'", "")
+            problems[-1] = replace(problems[-1], message=f"{problems[-1].message}; or {choices}")
+        else:
+            problems.append(Problem(place, message, suggestion=suggestion))
     return problems
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +252,9 @@ def _second_home(known: Known) -> list[Problem]:
 
 
 def _missing(place: str, path: Path, mend: str) -> Problem:
-    siblings = [str(item) for item in path.parent.glob("*")] if path.parent.is_dir() else []
     message = f"there is no {path}" + ("" if path.is_absolute() else f" in {os.getcwd()}")
-    return Problem(place, message, suggestion=nearest(str(path), siblings) or mend)
+    hint = f"variables are not replaced here: write it out, or as {place}=... for a shell" if "$" in str(path) else None
+    return Problem(place, message, suggestion=hint or nearest(str(path), map(str, path.parent.glob("*"))) or mend)
 
 
 def _folder(place: str, folder: Path | str) -> list[Problem]:
@@ -265,9 +266,9 @@ def _folder(place: str, folder: Path | str) -> list[Problem]:
     if (folder / "shards.idx").is_file():
         return []
     if any(folder.glob("*.tar")):
-        mend = f"run `millstream data index {folder}`"
         old = ", only one of an older Millstream (index.json)" if (folder / "index.json").is_file() else ""
-        return [Problem(place, f"the shards in {folder} have no index{old}", suggestion=mend)]
+        message = f"the shards in {folder} have no index{old}"
+        return [Problem(place, message, suggestion=f"run `millstream data index {folder}`")]
     mend = f"name a folder of packed shards; raw files are packed with {_pack(folder)}"
     return [Problem(place, f"{folder} holds neither shards.idx nor tar shards", suggestion=mend)]
 
@@ -280,10 +281,9 @@ def _pack(folder: Path) -> str:
 
 
 def _workers_or_one(known: Known) -> int:
-    try:
+    with suppress(Unread):
         return max(1, known["cluster.workers"])
-    except Unread:
-        return 1
+    return 1
 
 
 def _divisors(number: int) -> list[int]:

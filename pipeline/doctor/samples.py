@@ -46,7 +46,10 @@ def look(config: Config, report: Report, reading: bool = True) -> list[dict[str,
     prepared: list[dict[str, np.ndarray]] = []
     identities: dict[str, str] = {}
     with ExitStack() as stack:
+        wrong = {finding.problem.place for finding in report.of("error")}
         for place, folder in places(config):
+            if place in wrong:  # it is not there, and that has been said
+                continue
             try:
                 dataset = open_set(config, folder)
             except DataError as error:

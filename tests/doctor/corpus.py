@@ -63,7 +63,7 @@ GOOD: dict[str, dict[str, Any]] = {
 
 
 def entries(name: str) -> list[dict[str, Any]]:
-    """Those of broken.yaml or good.yaml."""
+    """Those of broken.yaml, fresh.yaml or good.yaml."""
     return yaml.safe_load((HERE / f"{name}.yaml").read_text())
 
 

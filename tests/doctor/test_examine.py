@@ -18,6 +18,7 @@ from pipeline.problems import InvalidConfig
 from tests.doctor import corpus, examined
 
 DEVELOPMENT = [entry for entry in corpus.entries("broken") if entry["id"] not in corpus.held_out()]
+FRESH = corpus.entries("fresh")
 HELD_OUT = [entry for entry in corpus.entries("broken") if entry["id"] in corpus.held_out()]
 GOOD = corpus.entries("good")
 SLOW_ALONE = ("disk-too-small", "network-too-large-here", "zero-3", "offload")  # seconds of fake tensors
@@ -47,7 +48,7 @@ def test_finds_what_is_broken(entry: dict[str, Any], good: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", [*DEVELOPMENT, *HELD_OUT], ids=named)
+@pytest.mark.parametrize("entry", [*DEVELOPMENT, *HELD_OUT, *FRESH], ids=named)
 def test_finds_every_entry(entry: dict[str, Any], good: Path, tmp_path: Path) -> None:
     check(entry, good, tmp_path, quick=entry["id"] not in STEP)
 
