@@ -85,7 +85,7 @@ def explain(
         elif item["type"] == "missing" and owner:
             suggestion = f"add `{key}: ...` ({owner.model_fields[key].description or 'a section'})"
         if problems and problems[-1].place == place and item["type"] == "literal_error":  # the other half of a union
-            choices = item["ctx"]["expected"].replace("'", "")
+            choices = item.get("ctx", {}).get("expected", "").replace("'", "")
             problems[-1] = replace(problems[-1], message=f"{problems[-1].message}; or {choices}")
         else:
             problems.append(Problem(place, message, suggestion=suggestion))
