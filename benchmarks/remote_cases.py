@@ -134,7 +134,7 @@ def resume(shards: Shards, cache: Path) -> dict[str, float]:
     first = len(opened.datasets[0]) // BATCH // 2
     with opened.loader(Bytes(), rank=0, world_size=1, first=first) as loader:
         loader.step(first)
-    took = time.perf_counter() - began
+        took = time.perf_counter() - began  # without what it takes to end the loader's threads
     remote, tars = opened.datasets[0].remote, opened.datasets[0].index.shards
     _, _, numbers = opened.mixture.rows(first, 0, BATCH)
     needed = []
