@@ -1,4 +1,4 @@
-"""`millstream doctor`: what would fail, before it is paid for. See cli.py."""
+"""`millstream doctor`: what would fail, before it is paid for. See __init__.py."""
 
 from __future__ import annotations
 

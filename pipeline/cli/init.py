@@ -1,4 +1,4 @@
-"""`millstream init`: a first configuration for a folder of data. See cli.py."""
+"""`millstream init`: a first configuration for a folder of data. See __init__.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`millstream data simulate`: what a run would read over the network, before it is started. See cli.py."""
+"""`millstream data simulate`: what a run would read over the network, before it is started. See __init__.py."""
 
 from __future__ import annotations
 

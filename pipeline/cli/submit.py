@@ -1,4 +1,4 @@
-"""`millstream submit`: a run sent to a cluster, and what becomes of it there. See cli.py."""
+"""`millstream submit`: a run sent to a cluster, and what becomes of it there. See __init__.py."""
 
 from __future__ import annotations
 

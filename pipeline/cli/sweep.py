@@ -1,4 +1,4 @@
-"""`millstream sweep`: one run for each point of a grid, or for points drawn at random. See cli.py."""
+"""`millstream sweep`: one run for each point of a grid, or for points drawn at random. See __init__.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`millstream track`: what of a run W&B has, files of it that need mending, sending them. See cli.py."""
+"""`millstream track`: what of a run W&B has, files of it that need mending, sending them. See __init__.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`millstream verify-resume`: proof, on the user's own run, that a kill changes nothing. See cli.py."""
+"""`millstream verify-resume`: proof, on the user's own run, that a kill changes nothing. See __init__.py."""
 
 from __future__ import annotations
 
