@@ -47,7 +47,7 @@ def test_every_kind_that_is_recorded_is_described_and_none_else() -> None:
 
 def test_the_records_of_a_run_have_the_keys_that_are_described(tmp_path: Path) -> None:
     pictures = str(small_data.images(tmp_path / "pictures"))
-    data = {"train": pictures, "evaluate": {"test": pictures}}
+    data = {"train": pictures, "evaluate": {"test": str(small_data.images(tmp_path / "held_out", count=40))}}
     path = small_data.config(tmp_path / "toy.yaml", RESNET, tmp_path / "pictures", data=data, steps=7)
     command = [sys.executable, "-m", "pipeline", "train", str(path), "cluster.workers=0"]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
