@@ -33,16 +33,20 @@ class Wait:
     def do(self, work: Callable[[], Any]) -> None:
         try:
             self._value = work()
+            while True:
+                with self._lock:
+                    if not self._then:
+                        self._done.set()
+                        return
+                    then = self._then.pop(0)
+                then(self._value)
         except BaseException as error:  # who waits raises it
             self.error = error
-        with self._lock:
-            self._done.set()
-        if self.error is None:
-            for then in self._then:
-                then(self._value)
+            with self._lock:
+                self._done.set()
 
     def afterwards(self, then: Callable[[Any], Any]) -> None:
-        """Call this with the value, once it is there; not at all when it does not come."""
+        """Call this with the value, once it is there and before anybody goes on; not at all when it does not come."""
         with self._lock:
             if not self._done.is_set():
                 self._then.append(then)

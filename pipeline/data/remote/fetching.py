@@ -61,19 +61,20 @@ class Fetching:
         shards, rows = self._index.places(numbers)
         self._begun = [(self._asked(shard, NOW), rows[shards == shard]) for shard in np.unique(shards).tolist()]
         for wait, mine in self._begun:
-            wait.afterwards(partial(self._ask_rows, mine))
+            wait.afterwards(partial(self._ask_rows, mine))  # as soon as it is open
 
     def wait_begun(self) -> None:
         """Wait until they are here, or cannot be had: whoever needs them is told. RuntimeError once closed."""
         for wait, rows in self._begun:
             with suppress(DataError):
-                for each in self._ask_rows(rows, wait.result(self.remote.is_stopped)):
+                for each in wait.result(self.remote.is_stopped)[1].ask_rows(rows):
                     with suppress(DataError):
                         each.result(self.remote.is_stopped)
         self._begun = []
 
-    def _ask_rows(self, rows: np.ndarray, opened: tuple[Segment, RemoteTar]) -> list[Wait]:
-        return opened[1].ask_rows(rows)
+    def _ask_rows(self, rows: np.ndarray, opened: tuple[Segment, RemoteTar]) -> None:
+        with suppress(RuntimeError):  # closed meanwhile
+            opened[1].ask_rows(rows)
 
     def ask_all(self, numbers: np.ndarray) -> None:
         """Have all samples int64[k] fetched now."""

@@ -69,11 +69,12 @@ class RemoteTar:
         alone = self._apart and cache_policy.by_themselves(len(rows), samples)
         if not alone or self._is_kept(*self.extents[block]):
             return [self.ask(block)]
-        for row in rows:
-            if row not in self._laid:
-                self._laid[row] = Wait()
-                self.remote.heads.ask(self._laid[row], partial(self._lay, block, *self._pages_of(row)))
-        return [self._laid[row] for row in rows]
+        with self._lock:
+            for row in rows:
+                if row not in self._laid:
+                    wait = self._laid[row] = Wait()
+                    self.remote.heads.ask(wait, partial(self._lay, block, *self._pages_of(row)))
+            return [self._laid[row] for row in rows]
 
     def _lay(self, block: int, begin: int, end: int) -> None:
         content = self.remote.fetch(self.shard.name, self.version, begin, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from pipeline.data import index
 from pipeline.data.reader import Sample, open_dataset
 from pipeline.data.remote.cache import Place
+from pipeline.data.remote.crew import Wait
 from tests.data.file_server import Answer, Asked, FileServer
 from tests.data.small_loader import content, gathered, loader, npy
 from tests.small_tars import write_tar
@@ -52,11 +54,11 @@ def is_piece(asked: Asked) -> bool:
 @pytest.mark.parametrize("gather", [None, gathered])
 def test_it_does_not_wait_for_pieces(folder: Path, tmp_path: Path, gather) -> None:
     """No piece is sent before it has been taken; all that follows is what it is without that."""
-    taken, options = threading.Event(), {"micro_batches": 1, "gather": gather}
+    taken, late, options = threading.Event(), [], {"micro_batches": 1, "gather": gather}
 
     def fault(asked: Asked, count: int) -> None:
-        if is_piece(asked):
-            taken.wait(20.0)
+        if is_piece(asked) and not taken.wait(20.0):
+            late.append(asked)
 
     with (
         FileServer(folder, fault=fault) as server,
@@ -65,7 +67,7 @@ def test_it_does_not_wait_for_pieces(folder: Path, tmp_path: Path, gather) -> No
     ):
         found = [content(micro) for micro in loading.step(0)]
         alone = [each for each in server.asked if each.name.endswith(".tar") and each.method == "GET"]
-        assert len([each for each in alone if not is_piece(each)]) == 4 and not taken.is_set()
+        assert len([each for each in alone if not is_piece(each)]) == 4 and not late
         taken.set()
         found += [content(micro) for step in range(1, STEPS) for micro in loading.step(step)]
         assert any(map(is_piece, server.asked))
@@ -113,3 +115,14 @@ def test_what_is_in_the_cache_is_not_fetched_again(folder: Path, tmp_path: Path)
         assert read(server.url, tmp_path / "cache", steps=STEPS) == found
         again = [asked for asked in server.asked[before:] if asked.name.endswith(".tar") and asked.method == "GET"]
     assert not [asked for asked in again if not is_piece(asked)]
+
+
+def test_who_is_to_be_told_is_told_before_anybody_goes_on() -> None:
+    """Else a reader may look for a sample of an open shard before it has been asked for by itself."""
+    wait, order = Wait(), []
+    wait.afterwards(lambda value: (time.sleep(0.1), order.append("told")))
+    reader = threading.Thread(target=lambda: (wait.result(), order.append("went on")))
+    reader.start()
+    wait.do(lambda: None)
+    reader.join()
+    assert order == ["told", "went on"]
