@@ -76,8 +76,10 @@ def command(config: Path, *arguments: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_sweep_is_stopped_gone_on_with_and_ends_weak_runs_early(config: Path) -> None:
-    """Rates of almost 0 learn nothing; of nine runs those are ended before their last step."""
-    arguments = ["optim.lr=1e-7,1e-6,1e-2", "seed=1,2,3", "--early", "--parallel", "2"]
+    """Rates of almost 0 learn nothing; of nine runs those are ended before their last step, which is far enough away
+    for that.
+    """
+    arguments = ["optim.lr=1e-7,1e-6,1e-2", "seed=1,2,3", "steps=300", "--early", "--parallel", "2"]
     runs = config.parent / "runs" / "toy-sweep"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with (config.parent / "out").open("wb") as out:
@@ -94,7 +96,7 @@ def test_a_sweep_is_stopped_gone_on_with_and_ends_weak_runs_early(config: Path) 
         command(config, *arguments, "--resume"), capture_output=True, text=True, env=env, cwd=ROOT, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    planned, config_of_first = sweep.plan(config, arguments[:2])
+    planned, config_of_first = sweep.plan(config, arguments[:3])
     trials = sweep.outcome(planned, config_of_first)
     assert len(trials) == 9
     assert [trial.keys["optim.lr"] for trial in trials[:3]] == ["0.01"] * 3
