@@ -38,8 +38,9 @@ class Piece(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """A piece, or `alone` bytes of samples in it, in the order in which they were wanted."""
+    """A piece, or `alone` bytes of samples in it, which go first; else in the order in which they were wanted."""
 
+    whole: bool
     number: int
     piece: int
     alone: int
@@ -173,11 +174,8 @@ class Node:
 
     def _want(self, worker: Worker, piece: int, alone: int = 0) -> None:
         """Have a piece, or samples in it, requested in its turn, its shard opened before."""
-        shard, index, wanted = (
-            self.pieces[piece].shard,
-            self.pieces[piece].index,
-            Wanted(next(self._count), piece, alone),
-        )
+        shard, index = self.pieces[piece].shard, self.pieces[piece].index
+        wanted = Wanted(not alone, next(self._count), piece, alone)
         if shard not in worker.open:
             worker.open[shard] = [wanted]
             size = 0 if shard in self._indexes else index
@@ -199,8 +197,8 @@ class Node:
         self._request(worker)
 
     def _request(self, worker: Worker) -> None:
-        while worker.queue and worker.in_flight < IN_FLIGHT:
-            _, piece, alone = heapq.heappop(worker.queue)
+        while worker.queue and (worker.queue[0].alone or worker.in_flight < IN_FLIGHT):
+            _, _, piece, alone = heapq.heappop(worker.queue)
             if piece in self._there or piece in self._requested:
                 continue
             if alone:  # by other threads than those of whole pieces
