@@ -100,8 +100,16 @@ class Loader:
         depth = max(prefetch, len(self._own))
         lanes = _lanes(order, micro_batch_size, here or [rank], micro_batches, world_size)
         again = partial(_again, order, start_step, len(self._own), lanes)
-        kept = {"substitutes": substitutes, "again": again, "first": len(self._own)}
-        self._ahead = ahead.start(fill, plans, threads=threads, processes=processes, depth=depth, **kept)
+        self._ahead = ahead.start(
+            fill,
+            plans,
+            threads=threads,
+            processes=processes,
+            depth=depth,
+            substitutes=substitutes,
+            again=again,
+            first=len(self._own),
+        )
         self._links = [SlowLink(dataset.remote.remote) for dataset in fill.datasets if dataset.remote is not None]
 
     def step(self, k: int) -> list[MicroBatch]:
