@@ -6,6 +6,7 @@ a number, text and text. What it gives up: comments, and the line of a key insid
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,12 @@ def read(path: Path) -> Source:
 def text(values: dict[str, Any]) -> str:
     """Plain values as a YAML file that `read` gives back as they are."""
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def scalar(value: object) -> str:
+    """A path or name as text within YAML, in quotes where it would be read as something else."""
+    dumped = yaml.dump([str(value)], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return dumped.strip()[1:-1]
 
 
 def lay_over(source: Source, overrides: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ its configuration, set on the command line as key.path=value.
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,9 @@ app.add_typer(submit.app, name="submit")
 
 def main() -> None:
     """Entry of the `millstream` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name or a bar that the terminal's encoding lacks is shown as ?
     try:
         app()
     except MillstreamError as error:

@@ -77,7 +77,12 @@ def told(made: Index, place: str) -> None:
 
     size = terminal.size(made.bytes)
     terminal.say(f"indexed {len(made.shards)} shards: {made.samples:,} samples, {size}, identity {made.identity[:12]}")
-    terminal.say(f"Look at it with `millstream data preview {place}`, train on it with data.train={place}")
+    terminal.say(f"Look at it with `millstream data preview {shlex.quote(place)}`, train on it with {_set(place)}")
+
+
+def _set(place: Path | str) -> str:
+    """A data set as a key of the command line, for a shell."""
+    return f"data.train={shlex.quote(str(place))}"
 
 
 @app.command(epilog="Example: millstream data verify data/photos/train")
@@ -180,7 +185,7 @@ def repair(
         terminal.say(f"left out {count:,} samples, listed in {out / repairer.LEFT_OUT}")
     anew = f"{repaired.rewritten} shards written anew"
     terminal.say(f"{out}: {repaired.samples:,} samples, identity {repaired.identity[:12]}, {anew}", "bold")
-    terminal.say(f"Train on it with data.train={out}; a run that has begun goes on with --new-order")
+    terminal.say(f"Train on it with {_set(out)}; a run that has begun goes on with --new-order")
 
 
 @app.command(epilog="Example: millstream data merge data/photos/train data/more/train data/both")
@@ -205,7 +210,7 @@ def merge(
     terminal.say(
         f"{out}: {merged.samples:,} samples in {merged.shards} shards, identity {merged.identity[:12]}", "bold"
     )
-    terminal.say(f"Look at it with `millstream data stats {out}`, train on it with data.train={out}")
+    terminal.say(f"Look at it with `millstream data stats {shlex.quote(str(out))}`, train on it with {_set(out)}")
 
 
 @app.command(epilog="Example: millstream data send data/photos s3://bucket/photos")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ def init(
     from pipeline.starter import folder as folders
     from pipeline.starter import template
 
-    called = name or folders.name_of(folder)
+    called = folders.check_name(name) if name else folders.name_of(folder)
     path = out or Path(f"{called}.yaml")
     template.refuse_existing(path)
     found = folders.look(folder, called, data)
@@ -33,5 +34,6 @@ def init(
     template.write(found, path, called)
     terminal.say(f"wrote {path}: {found.task}", "bold")
     terminal.say("next:")
-    for command in [*found.commands, f"millstream doctor {path}", f"millstream train {path}"]:
+    quoted = shlex.quote(str(path))
+    for command in [*found.commands, f"millstream doctor {quoted}", f"millstream train {quoted}"]:
         terminal.say(f"  {command}")

@@ -196,14 +196,17 @@ def _kind(kind: Kind, fields: bool, chosen: bool) -> Known | None:
 def _say_packed(packed: Packed) -> None:
     """What was made, and what to do next."""
     from pipeline.cli import terminal
+    from pipeline.yaml_file import scalar
 
     for warning in packed.warnings:
         terminal.warn(warning)
     counts = ", ".join(f"{packed.folder / split} {count:,} samples" for split, count in packed.samples.items())
     terminal.say(f"packed {counts}", style="bold")
-    sets = ", evaluate: {test: " + str(packed.folder / "test") + "}" if "test" in packed.samples else ""
-    terminal.say(f"Look at it with `millstream data preview {packed.folder / 'train'}`; in a configuration it is")
-    terminal.say(f"  data: {{train: {packed.folder / 'train'}{sets}}}")
+    train, test = packed.folder / "train", packed.folder / "test"
+    sets = f", evaluate: {{test: {scalar(test)}}}" if "test" in packed.samples else ""
+    preview = f"millstream data preview {shlex.quote(str(train))}"
+    terminal.say(f"Look at it with `{preview}`; in a configuration it is")
+    terminal.say(f"  data: {{train: {scalar(train)}{sets}}}")
 
 
 def _chosen(only: Path | None, leave_out: Path | None, prefix: bool) -> Chosen:

@@ -14,6 +14,7 @@ opened. Where the tars cannot be listed cheaply, that holds for their sizes too.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Generator, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -159,9 +160,7 @@ def _read_root(storage: Storage) -> Index:
     try:
         view = storage.map(ROOT)
     except FileNotFoundError:
-        old = _has(storage, OLD_ROOT)
-        what = f"its index is of an older Millstream ({OLD_ROOT})" if old else "no index of its shards"
-        raise DataError(f"{storage.place}: {what}; {mend}") from None
+        raise DataError(f"{storage.place}: {_no_root(storage, mend)}") from None
     except OSError as error:
         raise DataError(f"{storage.place}/{ROOT}: cannot be read ({error.strerror}); {mend}") from error
     return Index(storage, *root.read(view, f"{storage.place}/{ROOT}", mend))
@@ -242,7 +241,21 @@ def _digest_of(path: Path) -> str | None:
 
 
 def _mend(storage: Storage) -> str:
-    return f"run `millstream data index {storage.place}`"
+    return f"run `millstream data index {shlex.quote(storage.place)}`"
+
+
+def _no_root(storage: Storage, mend: str) -> str:
+    """What is there instead, and what to do then: what was packed lies one folder below the one that was named."""
+    if _has(storage, OLD_ROOT):
+        return f"its index is of an older Millstream ({OLD_ROOT}); {mend}"
+    if isinstance(storage, Folder):
+        folder = Path(storage.place)
+        if not folder.is_dir():
+            return "no such folder of shards; check the path, or make one with `millstream data pack`"
+        deeper = sorted(str(path.parent) for path in folder.glob(f"*/{ROOT}"))
+        if deeper and not any(folder.glob("*.tar")):
+            return f"no index of its shards; name a folder below that has one: {', '.join(deeper)}"
+    return f"no index of its shards; {mend}"
 
 
 def _has(storage: Storage, name: str) -> bool:

@@ -7,6 +7,7 @@ A few samples, spread evenly, stand for all; classes are counted by the card whe
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections import Counter
@@ -23,6 +24,7 @@ from pipeline.data.sheet import Shown, Sound
 from pipeline.data.sound import Audio
 from pipeline.data.storage import Storage, beside, is_url
 from pipeline.errors import DataError
+from pipeline.whole_file import put
 
 COUNTED = 100_000  # samples whose class is read when no card tells,
 COUNTED_REMOTE = 200  # and of a URL, where each is fetched
@@ -53,7 +55,7 @@ def describe(storage: Storage, sample: Sample) -> list[str]:
 def write_sheet(folder: Path | str, out: Path | str, count: int = 64) -> None:
     """Write `count` samples, spread evenly, as one file: a picture (.png, images only) or a page (.html).
 
-    Raises DataError for another ending, and for a picture of samples that hold none.
+    Raises DataError for another ending, a picture of samples that hold none, and what cannot be written.
     """
     out = Path(out)
     suffix = out.suffix.lower()
@@ -65,13 +67,22 @@ def write_sheet(folder: Path | str, out: Path | str, count: int = 64) -> None:
         if suffix == ".html":
             facts = [_size(dataset), *_card(dataset.index.storage), *_classes(dataset)]
             name = str(folder).rstrip("/").rpartition("/")[2] if is_url(folder) else Path(folder).resolve().name
-            out.write_text(sheet.page(name, facts, shown), encoding="utf-8")
+            _put(out, sheet.page(name, facts, shown).encode())
         elif any(sample.pictures for sample in shown):
-            sheet.draw(shown).save(out)
+            drawn = io.BytesIO()
+            sheet.draw(shown).save(drawn, "png")
+            _put(out, drawn.getbuffer())
         else:
             raise DataError(
                 f"{folder} holds no pictures but {', '.join(samples[0].fields)}; write a .html page instead"
             )
+
+
+def _put(out: Path, content: bytes | memoryview) -> None:
+    try:
+        put(out, [content])
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); name another file") from error
 
 
 class _Show:

@@ -10,18 +10,22 @@ of two. What it gives up: tables, arrays and other tars: pack them, then ask aga
 from __future__ import annotations
 
 import re
+import shlex
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.data.decode import decode
 from pipeline.data.pack import corpus, pack
 from pipeline.data.pack.folders import class_files
 from pipeline.data.stats import Stats, stats
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
+from pipeline.sections import Name
+from pipeline.yaml_file import scalar
 
 LOOKED = 200  # files that are opened
 SIDES = (32, 48, 64, 96, 128, 160, 192, 224)
@@ -49,7 +53,7 @@ def look(folder: Path, name: str, data: Path) -> Found:
     if (packed / "shards.idx").is_file():
         return _shards(packed, folder / "test")
     kind, out = pack.detect(folder), data / name
-    command = f"millstream data pack {folder} {out} --holdout {HELD_OUT}"
+    command = f"{shlex.join(['millstream', 'data', 'pack', str(folder), str(out)])} --holdout {HELD_OUT}"
     if kind == "images":
         return _images(folder, out, command)
     if kind == "audio":
@@ -58,19 +62,28 @@ def look(folder: Path, name: str, data: Path) -> Found:
         return _text(folder, out, command)
     if kind == "tars":
         raise DataError(
-            f"{folder} holds tar shards without an index: run `millstream data index {folder}`, "
-            f"then `millstream init {folder}` again"
+            f"{folder} holds tar shards without an index: run `millstream data index {shlex.quote(str(folder))}`, "
+            f"then `millstream init {shlex.quote(str(folder))}` again"
         )
     raise DataError(
-        f"{folder} holds {pack.CALLED.get(kind, kind)}: pack it first, `millstream data pack {folder} {out} "
-        f"--holdout {HELD_OUT}`, then `millstream init {out}`"
+        f"{folder} holds {pack.CALLED.get(kind, kind)}: pack it first, `{command}`, "
+        f"then `millstream init {shlex.quote(str(out))}`"
     )
 
 
 def name_of(folder: Path) -> str:
-    """The folder's name as the name of a run."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")
+    """The folder's name, or the file's without its ending, as the name of a run."""
+    whole = folder.resolve()
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", whole.stem if whole.is_file() else whole.name).strip("-._")
     return plain or "run"
+
+
+def check_name(name: str) -> str:
+    """`name` as it is. Raises ConfigError when no run can have it."""
+    try:
+        return TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise ConfigError(f"--name {name!r} is no name of a run: letters, digits, . _ - and no spaces") from None
 
 
 def _batches(samples: int, epochs: int) -> dict[str, object]:
@@ -88,7 +101,7 @@ def _batches(samples: int, epochs: int) -> dict[str, object]:
 
 
 def _paths(out: Path) -> dict[str, object]:
-    return {"train": f"{out}/train", "test": f"{{test: {out}/test}}"}
+    return {"train": scalar(out / "train"), "test": f"{{test: {scalar(out / 'test')}}}"}
 
 
 def _images(folder: Path, out: Path, command: str) -> Found:
@@ -167,7 +180,7 @@ def _text(folder: Path, out: Path, command: str) -> Found:
     length = 256 if size >= 2e6 else 128 if size >= 2e5 else 64
     rows = round(size / 3 / length * (1 - HELD_OUT))
     command += f" --kind text --vocabulary {vocabulary} --length {length}"
-    choices = {"tokenizer": f"{out}/train/tokenizer.json", "length": length, "rows": rows}
+    choices = {"tokenizer": scalar(out / "train" / "tokenizer.json"), "length": length, "rows": rows}
     batches = _batches(max(rows, 1), 3) | {"batch": 16, "micro": 4}
     steps = int(max(50, min(2_000, round(3 * rows / 16, -1))))
     batches |= {"steps": steps, "warmup": steps // 10, "every": max(10, steps // 5)}
@@ -179,16 +192,17 @@ def _shards(packed: Path, test: Path) -> Found:
     """What was packed before, or indexed."""
     told = stats(packed, looked=LOOKED)
     fields = {each.name for each in told.fields}
-    held = f"{{test: {test}}}" if (test / "shards.idx").is_file() else NOTHING
-    place: dict[str, object] = {"train": packed, "test": held}
+    held = f"{{test: {scalar(test)}}}" if (test / "shards.idx").is_file() else NOTHING
+    place: dict[str, object] = {"train": scalar(packed), "test": held}
     lines = [
         f"{told.samples:,} samples in {told.shards} shards, {told.bytes / 1e6:,.1f} MB: {', '.join(sorted(fields))}"
     ]
     if "npy" in fields and (packed / "tokenizer.json").is_file():
         from pipeline.data.vocabulary import read_vocabulary
 
-        vocabulary = read_vocabulary(packed / "tokenizer.json")
-        choices = {"tokenizer": packed / "tokenizer.json", "length": vocabulary.length or 256, "rows": told.samples}
+        tokenizer = packed / "tokenizer.json"
+        vocabulary = read_vocabulary(tokenizer)
+        choices = {"tokenizer": scalar(tokenizer), "length": vocabulary.length or 256, "rows": told.samples}
         lines.append(f"rows of {choices['length']} tokens, of {vocabulary.size:,}")
         batches = _batches(told.samples, 3)
         return Found("language_modeling", lines, choices | batches | place)

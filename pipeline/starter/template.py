@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.starter.folder import NOTHING, Found
+from pipeline.yaml_file import scalar
 
 COLUMN = 31  # where comments begin
 
 
 def write(found: Found, path: Path, name: str) -> None:
-    """Write the YAML. Raises ConfigError when there is something at its place."""
-    text = (HEADER + TASKS[found.task] + REST).format(name=name, file=path, **found.choices)
+    """Write the YAML. Raises ConfigError when there is something at its place, or nothing can be written there."""
+    shown = {"name": scalar(name), "file": shlex.quote(str(path))}
+    text = (HEADER + TASKS[found.task] + REST).format(**shown, **found.choices)
     lines = text.splitlines(keepends=True)
     if found.choices["test"] == NOTHING:
         lines = [line for line in lines if not line.startswith("evaluate:")]
     refuse_existing(path)
-    path.write_text("".join(map(_aligned, lines)), encoding="utf-8")
+    try:
+        path.write_text("".join(map(_aligned, lines)), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file by --out") from error
 
 
 def refuse_existing(path: Path) -> None:

@@ -66,6 +66,19 @@ def test_identity_follows_contents_and_names_only(folder: Path, tmp_path: Path):
     assert build(copied).identity != identity
 
 
+def test_a_folder_without_index_names_those_below_that_have_one(folder: Path):
+    shutil.copytree(folder, folder / "packed" / "train")
+    (folder / "raw" / "a class").mkdir(parents=True)
+    for name, says in (
+        ("packed", rf"packed: no index .*: {folder}/packed/train$"),
+        ("raw", rf"raw: no index .*`millstream data index {folder}/raw`$"),
+        ("raw/a class", rf"`millstream data index '{folder}/raw/a class'`$"),
+        ("nowhere", "nowhere: no such folder of shards"),
+    ):
+        with pytest.raises(DataError, match=says):
+            open_index(folder / name)
+
+
 def test_scan_gives_shards_one_by_one_and_writes_no_root(folder: Path):
     (folder / "shards.idx").unlink()
     shards = indexer.scan(folder)

@@ -102,3 +102,16 @@ def test_an_index_that_is_being_made_elsewhere_is_left_alone(tmp_path: Path):
         refused = data("index", tmp_path, "--workers", "1")
     assert refused.returncode == 1 and "is being indexed already" in refused.stderr
     assert data("index", tmp_path).returncode == 0
+
+
+def test_what_is_said_can_be_pasted_and_shown_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "zwei Bücher"
+    folder.mkdir()
+    write_tar(folder / "a.tar", samples(20))
+    made = data("index", folder, "--workers", "1").stdout
+    assert f"preview '{folder}'`" in made and made.endswith(f"data.train='{folder}'\n")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "ascii")
+    shown = data("stats", folder)
+    assert shown.returncode == 0 and "zwei B?cher" in shown.stdout
+    gone = data("stats", tmp_path / "ä")
+    assert gone.returncode == 1 and "?: no such folder" in gone.stderr

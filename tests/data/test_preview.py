@@ -186,6 +186,8 @@ def test_what_cannot_be_shown(texts: Path, tmp_path: Path) -> None:
         write_sheet(texts, tmp_path / "t.png")
     with pytest.raises(DataError, match=r"a sheet is a .png or a .html file"):
         write_sheet(texts, tmp_path / "t.pdf")
+    with pytest.raises(DataError, match=r"t.html: cannot be written \(No such file or directory\)"):
+        write_sheet(texts, tmp_path / "none" / "t.html")
     assert not list(tmp_path.iterdir())
     with pytest.raises(DataError):
         preview(tmp_path)

@@ -161,7 +161,7 @@ def test_classes_that_are_words_are_no_classes(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("0.cls", b"cat"), ("1.cls", b"1")])
     build(tmp_path)
     assert stats(tmp_path).classes == {}
-    with pytest.raises(DataError, match="no index of its shards"):
+    with pytest.raises(DataError, match="no such folder of shards"):
         stats(tmp_path / "nowhere")
 
 

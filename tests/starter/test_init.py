@@ -18,6 +18,8 @@ from pipeline import cli
 from pipeline.config import load
 from pipeline.data import index
 from pipeline.doctor.examine import examine
+from pipeline.errors import ConfigError
+from pipeline.sections import Source
 from pipeline.track.journal import read
 from tests import small_data
 
@@ -87,6 +89,34 @@ def test_shards_that_are_there(tmp_path: Path) -> None:
     _doctor, _ = commands("mine", "--out", "first.yaml")
     config = load("first.yaml")
     assert getattr(config.task, "classes") == 4 and config.data.evaluate == {}  # noqa: B009
+
+
+@pytest.mark.parametrize("name", ["Bilder für #1, {neu}", "2024"])
+def test_names_of_folders_are_quoted_for_the_shell_and_for_yaml(name: str) -> None:
+    pictures(Path(name))
+    pack, doctor, _ = commands(name, "--out", "my first.yaml", "--data", "packed, all")
+    follow(pack)
+    config = load(doctor[-1])
+    assert config.data.train == {"train": Source(folder=Path("packed, all", config.name, "train"))} and pack[3] == name
+    doctor, _ = commands(str(Path("packed, all", config.name)), "--out", "again.yaml")
+    again = load(doctor[-1])
+    assert (again.name, again.data) == (config.name, config.data)
+
+
+def test_a_file_gives_its_name_without_the_ending() -> None:
+    Path("story.txt").write_text("Once upon a time.\n" * 2_000)
+    pack, doctor, _ = commands("story.txt")
+    assert pack[3:5] == ["story.txt", "data/story"] and doctor[-1] == "story.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [(["--name", "my photos"], "no name of a run"), (["--out", "none/a.yaml"], "cannot be written")]
+)
+def test_what_cannot_be_written_is_said(words: list[str], says: str, tmp_path: Path) -> None:
+    pictures(Path("photos"))
+    done = CliRunner().invoke(cli.app, ["init", "photos", *words])
+    assert isinstance(done.exception, ConfigError) and says in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
