@@ -136,6 +136,7 @@ def test_nodes_are_lost_come_back_and_are_drained(tmp_path: Path, nodes: Nodes) 
     assert starts[0] == 0 and starts[1] in (0, 4) and starts[3] > starts[2] > starts[1]
 
     alone = [sys.executable, "-m", "pipeline", "train", str(config), "cluster.workers=0", "name=alone"]
+    alone += [f"task.name={RESNET['name']}"]  # the same without the sleep
     subprocess.run(alone, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, check=True, capture_output=True)
     expected = {r["step"]: r for r in Run(tmp_path / "runs" / "alone").records() if r["kind"] == "step"}
     steps = {r["step"]: r for r in Run(folder).records() if r["kind"] == "step"}  # the last time each was done
