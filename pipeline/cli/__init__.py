@@ -31,7 +31,7 @@ app.add_typer(submit.app, name="submit")
 def main() -> None:
     """Entry of the `millstream` command."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # others never fail
             stream.reconfigure(errors="replace")  # a name or a bar that the terminal's encoding lacks is shown as ?
     try:
         app()

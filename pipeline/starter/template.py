@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.starter.folder import NOTHING, Found
+from pipeline.whole_file import put
 from pipeline.yaml_file import scalar
 
 COLUMN = 31  # where comments begin
@@ -21,7 +22,7 @@ def write(found: Found, path: Path, name: str) -> None:
         lines = [line for line in lines if not line.startswith("evaluate:")]
     refuse_existing(path)
     try:
-        path.write_text("".join(map(_aligned, lines)), encoding="utf-8")
+        put(path, [_aligned(line).encode() for line in lines])
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file by --out") from error
 

@@ -114,4 +114,4 @@ def test_what_is_said_can_be_pasted_and_shown_in_any_encoding(tmp_path: Path, mo
     shown = data("stats", folder)
     assert shown.returncode == 0 and "zwei B?cher" in shown.stdout
     gone = data("stats", tmp_path / "ä")
-    assert gone.returncode == 1 and "?: no such folder" in gone.stderr
+    assert gone.returncode == 1 and "/\\xe4: no such folder" in gone.stderr
