@@ -81,7 +81,6 @@ def test_what_is_predicted_stands_beside_what_was_read(tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.slow
-@pytest.mark.alone
 def test_a_fault_stands_beside_a_cold_start(tmp_path: Path) -> None:
     lines = script("hosts.py", "--size toy --repeats 1 --fault preempt", tmp_path)
     ((fault, *seconds, _, verdict),) = cells(lines)
