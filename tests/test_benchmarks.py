@@ -75,8 +75,14 @@ def test_packing_stands_beside_webdataset(tmp_path: Path) -> None:
 def test_what_is_predicted_stands_beside_what_was_read(tmp_path: Path) -> None:
     rows = cells(script("simulate.py", "--repeats 1 --steps 6 --only 1", tmp_path))
     assert [row[1] for row in rows] == ["bytes fetched, MB", "first batch, s", "waits after it, s", "waits, s"]
-    assert all(row[4].split()[1] in ("met", "MISSED") for row in rows)
-    assert rows[0][4].endswith("met") and float(rows[1][2]) > 0 and float(rows[1][3]) > 0
+    for _, _, predicted, measured, verdict, _ in rows:
+        off = float(predicted) / float(measured) - 1  # of rounded numbers
+        assert abs(float(verdict.split("%")[0]) / 100 - off) < 0.005 + 0.02 / float(measured)
+        assert verdict.endswith("met" if abs(off) < 0.07 else "MISSED" if abs(off) > 0.13 else ("met", "MISSED"))
+    # how much more than its six steps a run has fetched when it ends is a matter of time: the result file tells of it
+    least, whole = 6 * 128 * 0.03, 3000 * 0.045  # MB
+    assert all(least < float(cell) < whole for cell in rows[0][2:4])
+    assert float(rows[1][2]) > 0 and float(rows[1][3]) > 0
 
 
 @pytest.mark.root
