@@ -118,9 +118,8 @@ class S3Store(FsspecStore):
 
 
 def _signer(signature_version: object, **_: Any) -> str | None:
-    """Signature version 4: botocore signs addresses in old regions by version 2, which young buckets refuse."""
-    version = str(signature_version)
-    return version if version.endswith("v4-query") else None
+    """S3's version 4: botocore signs addresses in old regions by version 2, which young buckets refuse."""
+    return "s3v4-query" if signature_version in ("v4-query", "s3v4-query") else None
 
 
 def _is_plain(files: Any, address: str) -> bool:
