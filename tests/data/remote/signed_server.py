@@ -21,22 +21,26 @@ BUCKET, KEY, SECRET = "shelf", "AKIDMILLSTREAM", "not/so+secret"
 
 
 class SignedServer(FileServer):
-    """keys: {id: secret} of those that are served.  signs: whether signed addresses are taken.
+    """keys: {id: secret} of those that are served.  anybody: is, too.  signs: whether signed addresses are taken.
 
-    targets: of all requests so far, with the word "address" when they were signed by it, "header" else.
+    targets: of all requests so far, with how each was signed: "address", "header", "not".
     """
 
     def __init__(self, folder: Path, **options) -> None:
         super().__init__(folder, **options)
-        self.keys, self.signs = {KEY: SECRET}, True
+        self.keys, self.signs, self.anybody = {KEY: SECRET}, True, False
         self.targets: list[tuple[str, str, str]] = []
 
     def refusal(self, method: str, target: str, headers: Message) -> int | None:
         query = dict(parse_qsl(urlsplit(target).query))
-        self.targets.append(("address" if "X-Amz-Signature" in query else "header", method, target))
-        if "X-Amz-Signature" in query:
+        asked = headers.get("Authorization", "")
+        way = "address" if "X-Amz-Signature" in query else "header" if asked else "not"
+        self.targets.append((way, method, target))
+        if way == "not":
+            return None if self.anybody else 403
+        if way == "address":
             return None if self.signs and self._is_signed(method, target, headers, query) else 403
-        key = re.search(r"Credential=([^/]+)/", headers.get("Authorization", ""))
+        key = re.search(r"Credential=([^/]+)/", asked)
         return None if key and key[1] in self.keys else 403
 
     def reads(self, way: str) -> int:

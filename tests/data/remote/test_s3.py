@@ -149,6 +149,7 @@ def test_through_a_proxy_s3fs_reads(server: SignedServer, opened: Opened, monkey
     ("options", "way"),
     [
         ({"requester_pays": True}, "address"),
+        ({"anon": True}, "not"),
         ({"s3_additional_kwargs": {"ServerSideEncryption": "AES256"}}, "address"),  # of writing only
         ({"s3_additional_kwargs": {"SSECustomerKey": "0" * 32, "SSECustomerAlgorithm": "AES256"}}, "header"),
         ({"client_kwargs": {"verify": False}}, "header"),
@@ -157,9 +158,12 @@ def test_through_a_proxy_s3fs_reads(server: SignedServer, opened: Opened, monkey
 def test_settings_of_s3fs_hold(
     server: SignedServer, opened: Opened, monkeypatch: pytest.MonkeyPatch, options, way: str
 ) -> None:
+    """As the configuration of fsspec or its environment (FSSPEC_S3_...) has them."""
     monkeypatch.setitem(fsspec.config.conf, "s3", options)
-    assert fetched(opened())[0] == CONTENT
-    assert [server.reads("address"), server.reads("header")] == [way == "address", way == "header"]
+    server.anybody = way == "not"
+    store = opened()
+    assert fetched(store) == (CONTENT, "" if way == "header" else store.info("plain.tar").version)
+    assert [found for found, method, _ in server.targets if method == "GET"] == [way]
 
 
 def test_what_passes_is_tried_again(server: SignedServer, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
