@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 import traceback
@@ -12,6 +13,7 @@ from pathlib import Path
 import fsspec.config
 import pytest
 from s3fs import S3FileSystem
+from werkzeug.serving import make_ssl_devcert  # with moto
 
 from pipeline.data.remote.cache import Place
 from pipeline.data.remote.shards import Remote
@@ -73,8 +75,7 @@ def test_bytes_and_version_from_a_signed_address(server: SignedServer, opened: O
     assert fetched(store, name) == (CONTENT, store.info(name).version)
     assert fetched(store, name, 300, 1000)[0] == CONTENT[300:1000]
     assert (server.reads("address"), server.reads("header")) == (3, 0)
-    addresses = {target for way, _, target in server.targets if way == "address"}
-    assert len(addresses) == 1  # it is signed once
+    assert len({target for way, _, target in server.targets if way == "address"}) == 1  # it is signed once
 
 
 def test_an_address_that_has_expired_is_signed_anew(
@@ -133,10 +134,9 @@ def test_one_object_that_is_refused_to_addresses_only(server: SignedServer, open
 def test_through_a_proxy_s3fs_reads(server: SignedServer, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is nowhere but behind a proxy, which is the server."""
     environment(monkeypatch, "http://nowhere.invalid")
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, server.url)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
     assert fetched(opened())[0] == CONTENT
     assert (server.reads("address"), server.reads("header")) == (0, 1)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -158,12 +158,25 @@ def test_through_a_proxy_s3fs_reads(server: SignedServer, opened: Opened, monkey
 def test_settings_of_s3fs_hold(
     server: SignedServer, opened: Opened, monkeypatch: pytest.MonkeyPatch, options, way: str
 ) -> None:
-    """As the configuration of fsspec or its environment (FSSPEC_S3_...) has them."""
     monkeypatch.setitem(fsspec.config.conf, "s3", options)
     server.anybody = way == "not"
     store = opened()
     assert fetched(store) == (CONTENT, "" if way == "header" else store.info("plain.tar").version)
     assert [found for found, method, _ in server.targets if method == "GET"] == [way]
+
+
+def test_the_certificates_that_s3fs_trusts_are_trusted(
+    server: SignedServer, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = make_ssl_devcert(str(tmp_path / "own"), host="localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    fault(server, Answer())  # the truth, by other means than sendfile
+    monkeypatch.setenv("AWS_CA_BUNDLE", certificate)
+    environment(monkeypatch, f"https://localhost:{server.server_port}")
+    assert fetched(opened())[0] == CONTENT
+    assert (server.reads("address"), server.reads("header")) == (1, 0)
 
 
 def test_what_passes_is_tried_again(server: SignedServer, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +187,6 @@ def test_what_passes_is_tried_again(server: SignedServer, opened: Opened, monkey
     assert (server.reads("address"), server.reads("header")) == (6, 0)
 
 
-REDIRECT = "/not here?X-Amz-Credential={key}&X-Amz-Signature=0"
 FAULTS: dict[str, tuple[Callable[[SignedServer], object], type[StoreError], str]] = {
     "refused": (lambda server: server.keys.clear(), Refused, "access refused .*check this store's credentials"),
     "absent": (lambda server: (server.folder / BUCKET / "set" / NAMES[0]).unlink(), Absent, "plain.tar: .*not there"),
@@ -207,7 +219,7 @@ def test_no_message_shows_an_address(server: SignedServer, opened: Opened, kind:
 
 
 def test_a_redirect_that_leads_nowhere_shows_no_address(server: SignedServer, opened: Opened) -> None:
-    to = Answer(307, location=REDIRECT.format(key=KEY))
+    to = Answer(307, location=f"/not here?X-Amz-Credential={KEY}")
     server.fault = lambda asked, count: to if asked.method == "GET" else None
     store = opened()
     http = store._opened(NAMES[0])
