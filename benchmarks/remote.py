@@ -4,9 +4,9 @@ A plain HTTP server on loopback, in a process of its own, waits 25 ms before eac
 it can, and once at no more than 60 MB/s for each connection, as object stores do (about 50 to 100 MB/s). The limit is
 the same for every case and for the plain GETs; how many connections there are is each reader's own (millstream has 16,
 GETs as said, pipe:curl one). Without a limit the cores are the limit: server and client share them. A third server is
-a real S3 one (moto), which answers as soon as it can; millstream reads s3:// from it, signed, through fsspec, and the
-others its plain http URLs. Every case reads all samples of all shards once, in a process of its own that begins with
-nothing cached:
+a real S3 one (moto), once as fast as it can and once with the same pause and limit; it ends the connection after each
+answer. millstream reads s3:// from it, by signed addresses, and the others its plain http URLs. Every case reads all
+samples of all shards once, in a process of its own that begins with nothing cached:
 
     millstream    a run's own loader, as a run has it by default: shuffled, digests compared, bytes kept on the disk
     webdataset    `pipe:curl` as its documentation has it, in the order of the shards, bytes not decoded
@@ -35,7 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -89,13 +89,13 @@ def http(folder: Path, rate: float) -> Iterator[Served]:
 
 
 @contextmanager
-def s3(folder: Path) -> Iterator[Served]:
-    """The shards sent to a bucket, as objects that anybody may read."""
+def s3(folder: Path, paced: Sequence[str] = ()) -> Iterator[Served]:
+    """The shards sent to a bucket, as objects that anybody may read. paced: seconds and rate of remote_server.py."""
     from pipeline.data import send
     from pipeline.object_store import file_system
     from tests.checkpoint.object_store import BUCKET, ObjectStore
 
-    store = ObjectStore()
+    store = ObjectStore([str(HERE / "remote_server.py"), *paced]) if paced else ObjectStore()
     store.start()
     try:
         os.environ.update(store.environment)
@@ -112,6 +112,7 @@ SERVERS: dict[str, tuple[str, Callable[[Path], AbstractContextManager[Served]]]]
     "free": ("no limit", partial(http, rate=1e12)),
     "limited": ("60 MB/s a connection", partial(http, rate=60e6)),
     "s3": ("S3 server", s3),
+    "s3-limited": ("S3 server, 60 MB/s a connection", partial(s3, paced=(str(PAUSE), "60e6"))),
 }
 
 
@@ -187,7 +188,7 @@ def main() -> int:
         facts = [
             f"{plan.rounds} rounds; samples of {SAMPLE_BYTES:,} bytes; server, client and all else share the cores"
         ]
-        facts += [f"{PAUSE * 1000:g} ms before each answer of the plain HTTP server; the S3 server (moto) adds none"]
+        facts += [f"{PAUSE * 1000:g} ms before each answer, not of the S3 server (moto) without a limit"]
         path = report.save("remote", report.page("Shards at a URL", facts, "\n\n".join(parts), load))
         print(f"saved in {path}")
     return 0

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
-from pipeline.object_store import Absent, Changed, Info, Passing, Refused, StoreError, tried
+from pipeline.object_store import Absent, Changed, Info, Passing, Refused, StoreError, etag, tried
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0  # without a sign of life
 CHUNK_BYTES = 1 << 20  # read at a time, at most
@@ -42,12 +43,24 @@ class _Answer(http.client.HTTPResponse):
 
 
 class HttpStore:
-    """An object_store.Store that is only read. Threads may share it."""
+    """An object_store.Store that is only read. Threads may share it.
 
-    def __init__(self, url: str, pauses: Sequence[float]) -> None:
-        self.url, self._pauses = url.rstrip("/"), pauses
+    address: where a file is, by its name, when that is not just below `url`; it may be secret, so no message shows it.
+    headers: of each request.  trust: whose certificates are trusted, None: those of the system.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        pauses: Sequence[float],
+        address: Callable[[str], str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
+        self.url, self._pauses, self._address = url.rstrip("/"), pauses, address
+        self._headers, self._trust = {"Accept-Encoding": "identity", **(headers or {})}, trust
         self._kept = threading.local()  # connections: {(scheme, host): connection}
-        self._open: set[http.client.HTTPConnection] = set()  # of all threads
+        self._open: dict[http.client.HTTPConnection, socket.socket] = {}  # of all threads
         self._lock, self._closed = threading.Lock(), False
 
     def infos(self, below: str = "") -> None:
@@ -60,7 +73,7 @@ class HttpStore:
             size = answer.headers["Content-Length"]
             if size is None:
                 raise StoreError(f"{self.url}/{name}: this server does not say how long a file is; use another one")
-            return Info(int(size), _version(answer))
+            return Info(int(size), self._version(answer))
 
         return self._tried(name, ask)
 
@@ -85,7 +98,12 @@ class HttpStore:
             mend = "serve the shards by one that does (nginx, an object store), or copy them to a local folder"
             raise StoreError(f"{self.url}/{name}: this server does not answer ranges of bytes; {mend}")
         self._fill(answer, into[: end - begin])
-        return _version(answer)
+        return self._version(answer)
+
+    def _version(self, answer: http.client.HTTPResponse) -> str:
+        """The ETag, or when the file was changed; "" where others, who know only ETags, say which version there is."""
+        changed = "" if self._address else answer.headers["Last-Modified"] or ""
+        return etag(answer.headers["ETag"] or changed)
 
     def _fill(self, answer: http.client.HTTPResponse, into: memoryview) -> None:
         """The body of an answer into memory of its length. Raises Passing when it is cut, or trickles."""
@@ -115,9 +133,9 @@ class HttpStore:
         """Hang up; who waits for bytes gets a RuntimeError."""
         with self._lock:
             self._closed = True
-            for connection in self._open:
+            for connection, reads_from in self._open.items():
                 with suppress(OSError):  # a thread may be reading: closing alone would not wake it
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    reads_from.shutdown(socket.SHUT_RDWR)
                 connection.close()
             self._open.clear()
 
@@ -138,24 +156,29 @@ class HttpStore:
 
     def _asked(self, method: str, name: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
         """A good answer, whose body is not read yet. Raises Passing, or what is final."""
-        place = f"{self.url}/{quote(name)}"
+        place = self._address(name) if self._address else f"{self.url}/{quote(name)}"
         for _ in range(REDIRECTS + 1):
-            answer = self._answer(method, place, {"Accept-Encoding": "identity", **(headers or {})})
+            try:
+                answer = self._answer(method, place, {**self._headers, **(headers or {})})
+            except (http.client.InvalidURL, ValueError):  # its words may hold the address
+                raise StoreError(f"{self.url}/{name}: leads to an address that is none; check the URL") from None
             if answer.status < 300:
                 return answer
             answer.read()
             location = answer.headers["Location"]
             if answer.status not in (301, 302, 303, 307, 308) or not location:
-                raise _judged(place, answer) or Passing(f"HTTP {answer.status} {answer.reason}")
+                shown = f"{self.url}/{name}" if self._address else place
+                raise _judged(shown, answer) or Passing(f"HTTP {answer.status} {answer.reason}")
             place = urljoin(place, location)
         raise StoreError(f"{self.url}/{name}: more than {REDIRECTS} redirects; check the URL")
 
     def _answer(self, method: str, place: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         parts = urlsplit(place)
         target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        kept = self._connections
-        was_kept = parts[:2] in kept
-        connection = kept.get(parts[:2]) or self._connect(*parts[:2])
+        connection = self._connections.get(parts[:2])
+        was_kept = connection is not None and connection.sock is not None  # else the last answer was the server's last
+        if connection is None or not was_kept:
+            connection = self._connect(*parts[:2])
         try:
             connection.request(method, target, headers=headers)
             return connection.getresponse()
@@ -166,8 +189,10 @@ class HttpStore:
         return self._answer(method, place, headers)  # the server has closed it meanwhile
 
     def _connect(self, scheme: str, host: str) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-        connection = kind(host, timeout=CONNECT_SECONDS)
+        if scheme == "https":
+            connection = http.client.HTTPSConnection(host, timeout=CONNECT_SECONDS, context=self._trust)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=CONNECT_SECONDS)
         connection.response_class = _Answer
         connection.connect()
         connection.sock.settimeout(READ_SECONDS)
@@ -175,7 +200,8 @@ class HttpStore:
             if self._closed:
                 connection.close()
                 raise RuntimeError("the data set is closed")
-            self._open.add(connection)
+            self._open.pop(self._connections.get((scheme, host), connection), None)
+            self._open[connection] = connection.sock
         self._connections[scheme, host] = connection
         return connection
 
@@ -191,7 +217,7 @@ class HttpStore:
             with suppress(OSError):
                 connection.close()
             with self._lock:
-                self._open.discard(connection)
+                self._open.pop(connection, None)
         self._connections.clear()
 
 
@@ -204,8 +230,3 @@ def _judged(place: str, answer: http.client.HTTPResponse) -> StoreError | None:
     if answer.status in (412, 416):
         return Changed(f"{what}: is not the file that was indexed; send the data set again, under another name")
     return None if answer.status in PASSING else StoreError(f"{what}; check the URL")
-
-
-def _version(answer: http.client.HTTPResponse) -> str:
-    """The ETag, or when the file was changed."""
-    return (answer.headers["ETag"] or answer.headers["Last-Modified"] or "").removeprefix("W/").strip('"')

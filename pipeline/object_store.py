@@ -1,4 +1,4 @@
-"""Files below a URL, whole or by ranges of bytes: http(s) by http_store.py, whatever else fsspec knows here.
+"""Files below a URL, whole or by ranges of bytes: http(s) by http_store.py, s3 by s3_store.py, all else by fsspec.
 
     open_store("s3://bucket/photos") -> Store: list, info, read, fetch, write, put, remove
 
@@ -7,7 +7,8 @@ pauses; what will not (not there, not allowed, changed) is raised at once, with 
 file has a version (its ETag, else its size and time of change), and a range of another version is refused. Credentials
 and endpoints come from the environment, as the store's own library finds them.
 
-What it gives up: fsspec's stores do not say with a range which version it is of; it is asked for once, beforehand.
+What it gives up: through fsspec a range does not say which version it is of; that is asked for once, beforehand. Ranges
+by http_store.py and s3_store.py say it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Refused(StoreError):
 
 class Changed(StoreError):
     """A file is not the one that it was."""
+
+
+class GivenUp(StoreError):
+    """What may pass did not: a network, a server, after all retries."""
 
 
 class Passing(Exception):
@@ -88,7 +93,11 @@ def open_store(url: str, pauses: Sequence[float] | None = None) -> Store:
         from pipeline.http_store import HttpStore
 
         return HttpStore(url, pauses)
-    return _Files(url, pauses)
+    if url.startswith(("s3://", "s3a://")):
+        from pipeline.s3_store import S3Store
+
+        return S3Store(url, pauses)
+    return FsspecStore(url, pauses)
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -127,12 +136,17 @@ def tried(
                 raise final from error
             if pause is None:
                 times = f", tried {len(pauses) + 1} times" if pauses else ""
-                raise StoreError(f"{place}: {said(error)}{times}; {LATER}") from error
+                raise GivenUp(f"{place}: {said(error)}{times}; {LATER}") from error
             time.sleep(pause)
     raise AssertionError
 
 
-class _Files:
+def etag(told: str) -> str:
+    """An ETag without its quotes, weak or not (RFC 9110, 8.8.3): headers and lists of files write it differently."""
+    return told.removeprefix("W/").strip('"')
+
+
+class FsspecStore:
     """Whatever fsspec knows."""
 
     def __init__(self, url: str, pauses: Sequence[float]) -> None:
@@ -177,7 +191,7 @@ class _Files:
         self._tried(name, lambda: self._files.rm_file(self._at(name)))
 
     def close(self) -> None:
-        """fsspec keeps its own connections, for all that ask."""
+        """Only what is our own: fsspec keeps its connections, for all that ask."""
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -197,4 +211,4 @@ class _Files:
 def _info(found: dict[str, Any]) -> Info:
     version = found.get("ETag") or found.get("etag") or found.get("md5Hash")
     changed = found.get("LastModified") or found.get("mtime") or found.get("last_modified") or found.get("updated")
-    return Info(found["size"], str(version or f"{found['size']} {changed}").strip('"'))
+    return Info(found["size"], etag(str(version or f"{found['size']} {changed}")))

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "pipeline"
 # From the bottom up. A module imports from its own layer and from those before it. The longest name that fits counts.
 LAYERS = [
     [
-        *("errors", "whole_file", "object_store", "http_store", "look", "problems", "yaml_file"),
+        *("errors", "whole_file", "object_store", "http_store", "s3_store", "look", "problems", "yaml_file"),
         *("rules", "store_rules", "task_file", "sections", "config"),
     ],
     ["models", "data"],
@@ -67,7 +67,7 @@ FENCES = {
     "webdataset": ["data"],
 }
 WITHOUT_TORCH = ["config", "sections", "problems", "yaml_file", "rules", "task_file", "run", "data.index", "track"]
-WITHOUT_TORCH += ["object_store", "http_store", "store_rules"]
+WITHOUT_TORCH += ["object_store", "http_store", "s3_store", "store_rules"]
 WITHOUT_TORCH += [f"data.remote.{name}" for name in ("shards", "cache", "cache_policy")]
 WITHOUT_TORCH += ["data.order", "data.draws", "data.chains", "data.mixture", "data.reader", "data.samples"]
 WITHOUT_TORCH += [

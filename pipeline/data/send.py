@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,24 +46,26 @@ def send(folder: Path, url: str, threads: int = 8, progress: Progress = silent) 
     identities = {each.relative_to(folder).as_posix(): open_index(each).identity for each in sets}
     found = (path for each in sets for path in each.iterdir() if path.is_file() and not path.name.startswith("."))
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(found)}
-    store = open_store(url)
-    there = _sizes(store)
-    if there.get(SENDING) is None and _is_all_there(folder, store, files, there):
-        return Sent(0, 0)
-    note = json.dumps({"data": identities, "of": hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()})
-    if there and (SENDING not in there or store.read(SENDING) != note.encode()):
-        raise DataError(f"{url} holds something else already; nothing was changed: choose another URL, or remove it")
-    if not there:
-        store.write(SENDING, note.encode())
-    missing = [name for name, size in files.items() if there.get(name) != size]
-    done, total = 0, sum(files[name] for name in missing)
-    roots = [name for name in missing if name.rpartition("/")[2] == ROOT]
-    for names in ([name for name in missing if name not in roots], roots):
-        for size in parallel.threads(threads)(partial(_send, store, folder), names):
-            done += size
-            progress("send", done, total)
-    store.remove(SENDING)
-    return Sent(len(missing), total)
+    with closing(open_store(url)) as store:
+        there = _sizes(store)
+        if there.get(SENDING) is None and _is_all_there(folder, store, files, there):
+            return Sent(0, 0)
+        note = json.dumps({"data": identities, "of": hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()})
+        if there and (SENDING not in there or store.read(SENDING) != note.encode()):
+            raise DataError(
+                f"{url} holds something else already; nothing was changed: choose another URL, or remove it"
+            )
+        if not there:
+            store.write(SENDING, note.encode())
+        missing = [name for name, size in files.items() if there.get(name) != size]
+        done, total = 0, sum(files[name] for name in missing)
+        roots = [name for name in missing if name.rpartition("/")[2] == ROOT]
+        for names in ([name for name in missing if name not in roots], roots):
+            for size in parallel.threads(threads)(partial(_send, store, folder), names):
+                done += size
+                progress("send", done, total)
+        store.remove(SENDING)
+        return Sent(len(missing), total)
 
 
 def _sizes(store: Store) -> dict[str, int]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 
 from s3fs import S3FileSystem
 
@@ -21,9 +22,13 @@ SERVER = (
 
 
 class ObjectStore:
-    """One server; what it holds is lost when it is killed. `environment`: what a client needs to reach it."""
+    """One server; what it holds is lost when it is killed. `environment`: what a client needs to reach it.
 
-    def __init__(self) -> None:
+    server: the program that is the server, with its first arguments.
+    """
+
+    def __init__(self, server: Sequence[str] = ("-c", SERVER)) -> None:
+        self._server = server
         with socket.create_server(("127.0.0.1", 0)) as listening:
             self.port = listening.getsockname()[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
@@ -37,7 +42,7 @@ class ObjectStore:
 
     def start(self) -> None:
         """Start, or start again, empty but for the bucket."""
-        command = [sys.executable, "-c", SERVER, "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [sys.executable, *self._server, "-H", "127.0.0.1", "-p", str(self.port)]
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=quiet, stderr=quiet)
         while True:

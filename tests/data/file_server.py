@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import unquote
+from typing import NamedTuple, Self
+from urllib.parse import unquote, urlsplit
 
 
 class Asked(NamedTuple):
@@ -37,7 +38,7 @@ Fault = Callable[[Asked, int], "Answer | None"]
 class Answer(NamedTuple):
     """status: 0: close the connection without a word.  cut: bytes after which it is closed.
 
-    pause: seconds before the answer.  rate: bytes per second.  content: instead of the file's.
+    pause: seconds before the answer.  rate: bytes per second.  content: instead of the file's.  location: redirects.
     """
 
     status: int = 206
@@ -45,10 +46,11 @@ class Answer(NamedTuple):
     pause: float = 0.0
     rate: float | None = None
     content: Callable[[bytes], bytes] | None = None
+    location: str = ""
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves `folder` until it is closed. asked: all requests so far.
+    """Serves `folder` until it is closed. asked: all requests so far.  keeps: connections, after an answer.
 
     bandwidth: bytes per second, which all answers share.  rate: bytes per second of each connection, as object stores
     limit them.
@@ -69,6 +71,7 @@ class FileServer(ThreadingHTTPServer):
         self.rate = rate
         self._free, self._turn = 0.0, threading.Lock()  # when the link has sent all that it was given
         self.asked: list[Asked] = []
+        self.keeps = True
         self.etag: Callable[[os.stat_result], str] | None = lambda info: f'"{info.st_size:x}-{info.st_mtime_ns:x}"'
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
 
@@ -76,7 +79,7 @@ class FileServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def __enter__(self) -> FileServer:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -98,6 +101,9 @@ class FileServer(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that go away are no news."""
 
+    def refusal(self, method: str, target: str, headers: Message) -> int | None:
+        """With which status a request is refused. target: as it stands in the request, path and query."""
+
     def tar_bytes(self) -> int:
         """Bytes of tars that were asked for."""
         return sum(each.end - each.begin for each in self.asked if each.name.endswith(".tar") and each.method == "GET")
@@ -118,7 +124,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("GET")
 
     def _answer(self, method: str) -> None:
-        name = unquote(self.path).lstrip("/")
+        refused = self.server.refusal(method, self.path, self.headers)
+        if refused is not None:
+            self._refuse(refused)
+            return
+        name = unquote(urlsplit(self.path).path).lstrip("/")
         path = self.server.folder / name
         if not path.is_file():
             self._refuse(404)
@@ -131,13 +141,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.asked.append(asked)
             time.sleep(self.server.pause + (fault.pause if fault else 0.0))
             if fault and fault.status != 206:
-                self._refuse(fault.status)
+                self._refuse(fault.status, fault.location)
                 return
             partly = "Range" in self.headers
             self.send_response(206 if partly else 200)
             self.send_header("Content-Length", str(end - begin))
             if partly:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{info.st_size}")
+            if not self.server.keeps:
+                self.send_header("Connection", "close")
             if self.server.etag is not None:
                 self.send_header("ETag", self.server.etag(info))
             self.end_headers()
@@ -162,11 +174,13 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.cut is not None:
             self.close_connection = True
 
-    def _refuse(self, status: int) -> None:
+    def _refuse(self, status: int, location: str = "") -> None:
         if status == 0:
             self.close_connection = True
             return
         self.send_response(status)
+        if location:
+            self.send_header("Location", location)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
