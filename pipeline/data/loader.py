@@ -27,7 +27,7 @@ from pipeline.data.slow import SlowLink, SlowShard, SlowShards
 from pipeline.errors import ConfigError, DataError
 
 NOTHING = Skipped()
-PLANNED_ROWS = 4096  # places in the order that are computed together: one by one each costs many times more
+PLANNED_ROWS = 8192  # places in the order that are computed together: one by one each costs many times more
 
 
 class Order(Protocol):
