@@ -23,7 +23,7 @@ from pipeline.data.samples import Lookup, Samples
 from pipeline.data.stream import Preparing, Stream
 from pipeline.tasks import image_classification
 
-PLANNED_ROWS = 4096  # of raw_bytes, as many as the loader plans at once
+PLANNED_ROWS = 8192  # of raw_bytes, as many as the loader plans at once
 
 
 class Rows:

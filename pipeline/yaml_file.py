@@ -69,6 +69,8 @@ def read(path: Path) -> Source:
     except OSError as error:
         there = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         mend = nearest(path.name, there) or "configs/ holds complete examples"
+        if "=" in path.name and not path.exists():
+            mend = "the YAML file comes first, what is KEY=VALUE behind it"
         raise InvalidConfig(str(path), [Problem("", f"cannot be read: {error.strerror}", suggestion=mend)]) from None
     except UnicodeDecodeError as error:
         raise InvalidConfig(str(path), [Problem("", f"is not UTF-8 text: {error.reason}")]) from None

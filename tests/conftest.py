@@ -2,7 +2,7 @@
 
 A skip hides a check, so one that is not in tests/allowed_skips.txt fails the whole run. `launch/test` runs two tests at
 a time (pytest-xdist), those of one file one after the other, because they share what a fixture has started. Slow ones,
-and those that need root, run alone when they start clusters, kill what runs or stop the clock.
+and those that need root, run alone when they kill what runs, or wait for what is lost to be noticed in time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ALLOWED = Path(__file__).with_name("allowed_skips.txt")
-ALONE = ("tests/cluster/", "tests/submit/", "tests/track/test_kills.py", "tests/test_chaos.py")
+ALONE = ("tests/cluster/", "tests/test_chaos.py")
 ALONE += ("tests/test_benchmarks.py::test_a_fault_stands_beside_a_cold_start",)
 
 

@@ -115,6 +115,8 @@ def test_files_that_are_not_read(text: str, line: int | None, says: str) -> None
 def test_missing_and_unreadable_files() -> None:
     (problem,) = problems(path="goood.yaml")
     assert "No such file" in problem.message and problem.suggestion == "did you mean good.yaml?"
+    (problem,) = problems(path="steps=3")
+    assert problem.suggestion and problem.suggestion.startswith("the YAML file comes first")
     Path("other.yaml").write_bytes(b"name: \xff\n")
     assert "not UTF-8" in problems(path="other.yaml")[0].message
 

@@ -9,6 +9,7 @@ its configuration, set on the command line as key.path=value.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # others never fail
             stream.reconfigure(errors="replace")  # a name or a bar that the terminal's encoding lacks is shown as ?
     try:
-        app()
+        app([_at_home(argument) for argument in sys.argv[1:]])
     except MillstreamError as error:
         from pipeline.cli import terminal
 
@@ -44,6 +45,12 @@ def main() -> None:
         if ending.code == INTERRUPTED:
             typer.echo("\nstopped; no file is half-written", err=True)
         raise
+
+
+def _at_home(argument: str) -> str:
+    """~ as the home folder where no shell has seen to it: in quotes, and behind the = of an option."""
+    head, equals, tail = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return head + equals + (os.path.expanduser(tail) if tail == "~" or tail.startswith("~/") else tail)
 
 
 def _version(wanted: bool) -> None:

@@ -90,7 +90,10 @@ def verify(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL of indexed tar shards.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
-    """Read every byte and compare it with the index. Exit code 1 when something is damaged."""
+    """Read every sample's bytes and compare them with the index. Exit code 1 when something is damaged.
+
+    What no sample is made of, the zeros between the members of a tar, is not looked at.
+    """
     from pipeline.cli import terminal
     from pipeline.data import damage as checker
     from pipeline.data.index import read_root

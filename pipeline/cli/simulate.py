@@ -30,7 +30,9 @@ WorkersOption = Annotated[
 ]
 BandwidthOption = Annotated[float, typer.Option(min=0.001, help="Of a node's link, MB/s (10^6 bytes).")]
 LatencyOption = Annotated[float, typer.Option(min=0, help="Until the first byte of a request comes, ms.")]
-CacheOption = Annotated[float, typer.Option(min=0, help="Of a node, GB (10^9 bytes).")]
+CacheOption = Annotated[
+    float, typer.Option(min=0, show_default="34.36, that of a run", help="Of a node, GB (10^9 bytes).")
+]
 StepSecondsOption = Annotated[
     float, typer.Option(min=0, help="Of computing, as a run's page shows them; 0: steps come as fast as the data.")
 ]

@@ -255,6 +255,8 @@ def _no_root(storage: Storage, mend: str) -> str:
         deeper = sorted(str(path.parent) for path in folder.glob(f"*/{ROOT}"))
         if deeper and not any(folder.glob("*.tar")):
             return f"no index of its shards; name a folder below that has one: {', '.join(deeper)}"
+        if not any(folder.glob("*.tar")):
+            return f"no tar shards; make some with `millstream data pack {shlex.quote(storage.place)} OUT`"
     return f"no index of its shards; {mend}"
 
 

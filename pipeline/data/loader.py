@@ -27,7 +27,8 @@ from pipeline.data.slow import SlowLink, SlowShard, SlowShards
 from pipeline.errors import ConfigError, DataError
 
 NOTHING = Skipped()
-PLANNED_ROWS = 4096  # places in the order that are computed together: one by one each costs many times more
+PLANNED_ROWS = 8192  # places in the order that are computed together: one by one each costs many times more
+REMOTE_ROWS = 4096  # of data sets at a URL: the first batch waits for the indexes of all their shards
 
 
 class Order(Protocol):
@@ -165,7 +166,8 @@ class Planned:
     def __init__(self, order: Order, fill: Fill, own: range, micro_batch: int, start_step: int, looks_up: bool) -> None:
         self._order, self._fill, self._own, self._micro_batch = order, fill, own, micro_batch
         self._start, self._looks_up = start_step, looks_up
-        self._steps = max(1, PLANNED_ROWS // (len(own) * micro_batch))
+        planned = REMOTE_ROWS if any(dataset.remote for dataset in fill.datasets) else PLANNED_ROWS
+        self._steps = max(1, planned // (len(own) * micro_batch))
         self._lock = Lock()
         self._turns: dict[int, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], _Lookup | None]] = {}
 

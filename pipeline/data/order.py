@@ -180,9 +180,20 @@ def _number(samples: np.ndarray, block: np.ndarray, seed: int, epoch: np.ndarray
     rank = np.where(after, (place - short) // block + 1, np.minimum(place // block, q))
     start = np.where(after, (rank - 1) * block + short, rank * block)
     # Rows that lie near each other are of a few blocks, which are permuted once each.
-    _, first, back = np.unique(which * blocks.max() + rank, return_index=True, return_inverse=True)
-    moved = permute(rank[first], np.broadcast_to(blocks, rank.shape)[first], key[first])
-    return moved[back] * block + place - start
+    order, first = grouped(which * blocks.max() + rank)
+    of = order[first]
+    moved = permute(rank[of], np.broadcast_to(blocks, rank.shape)[of], key[of])
+    back = np.empty_like(place)
+    back[order] = np.repeat(moved, np.diff(first, append=len(order)))
+    return back * block + place - start
+
+
+def grouped(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order int64[k] that sorts values of 0 or more, and from where in it each distinct one comes, first 0."""
+    small = values.size and values.max() < 2**16  # numpy sorts 16 bits by radix, several times faster
+    order = np.argsort(values.astype(np.uint16) if small else values, kind="stable")
+    ordered = values[order]
+    return order, np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(order)])
 
 
 def _last_blocks(seed: int, blocks: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

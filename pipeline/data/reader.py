@@ -59,15 +59,15 @@ class Mapped:
     segment: Segment
     pieces: RemoteTar | None = None  # that its bytes come in, when it is not here
     read: list[float] = field(default_factory=lambda: [0, 0.0])
-    _places: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    _places: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def address(self) -> int:
         """Of the tar in memory."""
         return int(np.frombuffer(self.tar, np.uint8).ctypes.data)
 
-    def places(self, name: str) -> tuple[np.ndarray, ...]:
-        """Where a field begins in the tar, its length and digest: [samples] each; length -1 where a row lacks it."""
+    def places(self, name: str) -> np.ndarray:
+        """int64[samples, 3]: where a field begins in the tar, its length (-1: none), the bits of its digest."""
         if name not in self._places:
             records = self.segment.column(name)
             table = self.segment.table[records]
@@ -75,7 +75,7 @@ class Mapped:
             lengths[records < 0] = -1
             if (begins + lengths > len(self.tar)).any():  # they are followed without another look
                 raise SampleError(f"{self.path}: its index tells of more bytes than it has; index it again")
-            self._places[name] = begins, lengths, np.ascontiguousarray(table["digest"])
+            self._places[name] = np.stack([begins, lengths, table["digest"].astype(np.int64)], axis=1)
         return self._places[name]
 
 

@@ -13,6 +13,7 @@ What it gives up: a column of samples that are not alike. It is None then, and t
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from pipeline.data.decode import npy_header
+from pipeline.data.order import grouped
 from pipeline.data.reader import Dataset, Mapped, Sample, SampleError
 from pipeline.data.slow import Reads
 
@@ -37,8 +39,8 @@ Empty = Callable[[str, tuple[int, ...], Any], np.ndarray]  # (name, shape, dtype
 class Column(NamedTuple):
     """Where a field of k samples lies, int64[k] each: from which byte of which of the lookup's tars, how many bytes.
 
-    lengths: -1 where a sample lacks the field.  digests: uint64[k], xxh3_64 of the bytes.  addresses: of the bytes in
-    memory.  length: the one that all have in common, -1 when there is none.
+    lengths: -1 where a sample lacks the field.  digests: xxh3_64 of the bytes, as xxhash writes it: the highest byte
+    first.  addresses: of the bytes in memory.  length: the one that all have in common, -1 when there is none.
     """
 
     tars: np.ndarray
@@ -62,8 +64,8 @@ class Lookup:
             dataset = datasets[source]
             places = np.flatnonzero(sources == source)
             shards, rows = dataset.index.places(numbers[places])
-            order = np.argsort(shards, kind="stable")
-            distinct, first = np.unique(shards[order], return_index=True)
+            order, first = grouped(shards)
+            distinct = shards[order[first]]
             if dataset.remote is not None:
                 dataset.remote.open_ahead(distinct.tolist())
             for shard, chosen in zip(distinct.tolist(), np.split(order, first[1:])):
@@ -93,11 +95,10 @@ class Lookup:
     def _column(self, field: str) -> Column:
         sizes = [len(rows) for _, _, rows in self.parts]
         tars = np.repeat(np.arange(len(sizes)), sizes)[self._back]
-        taken = ([column[rows] for column in shard.places(field)] for shard, _, rows in self.parts)
-        begins, lengths, digests = (np.concatenate(column)[self._back] for column in zip(*taken))
+        taken = np.concatenate([shard.places(field).take(rows, axis=0) for shard, _, rows in self.parts])
+        begins, lengths, digests = np.ascontiguousarray(taken.take(self._back, axis=0).T)
         addresses = np.array([shard.address for shard, _, _ in self.parts])[tars] + begins
-        length = int(lengths[0])
-        return Column(tars, begins, lengths, digests, addresses, -1 if (lengths != length).any() else length)
+        return Column(tars, begins, lengths, digests.astype(">i8"), addresses, _common(lengths))
 
     def values(self, field: str) -> np.ndarray | None:
         """int64[k], whole numbers that the index holds (such as cls); None when it does not hold all of them."""
@@ -157,7 +158,7 @@ class Samples:
         views = self._views(field)
         if views is not None and self._check:
             began = self._begin(field)
-            digests = list(map(xxh3_64_intdigest, views))
+            digests = b"".join(map(xxh3_64_digest, views))
             self._timed(began, sum(map(len, views)))
             self._compare(field, digests)
         return views
@@ -168,21 +169,21 @@ class Samples:
         length = column.length if column.length >= 0 else _common(column.lengths[part])
         if length < NPY_START:
             return None
-        rows = self.empty(f"{field} rows", (len(self), length), np.uint8)
         began = self._begin(field)
         if length <= GATHERED_BYTES:
-            rows[:] = _memory(length)[column.addresses[part] - 1]
+            rows = _memory(length)[column.addresses[part] - 1]
         else:
+            rows = self.empty(f"{field} rows", (len(self), length), np.uint8)
             for row, view in zip(rows, self._views(field) or ()):
                 row[:] = view
-        views = map(rows.data.cast("B").__getitem__, _slices(*rows.shape))  # what is used, not what was copied
-        digests = list(map(xxh3_64_intdigest, views)) if self._check else None  # it is still in the cache
+        # What will be used is hashed, not what it was copied from; it is still in the cache.
+        digests = b"".join(map(xxh3_64_digest, _rows(rows.ctypes.data, *rows.shape))) if self._check else None
         self._timed(began, rows.nbytes)
         if digests is not None:
             self._compare(field, digests)
-        dtype, shape, order, begin = npy_header(rows[0, :NPY_START].data)
-        words = rows[:, :NPY_START].view(np.int64)
-        if (words != words[0]).any() or begin != NPY_START or order != "C":
+        heads = rows[:, :NPY_START].tobytes()
+        dtype, shape, order, begin = npy_header(heads[:NPY_START])
+        if heads != heads[:NPY_START] * len(rows) or begin != NPY_START or order != "C":
             return None
         if not dtype.itemsize or dtype.itemsize * math.prod(shape) != length - begin:
             return None
@@ -220,11 +221,11 @@ class Samples:
         places = zip(column.tars[part].tolist(), begins.tolist(), (begins + lengths).tolist())
         return [tars[t][b:e] for t, b, e in places]
 
-    def _compare(self, field: str, read: list[int]) -> None:
+    def _compare(self, field: str, read: bytes) -> None:
         """Raises what reading the first sample that is not as indexed says by itself."""
-        noted = self._lookup.column(field).digests[self._range].tolist()
+        noted = self._lookup.column(field).digests[self._range].tobytes()
         if read != noted:
-            row = next(row for row, digest in enumerate(read) if digest != noted[row])
+            row = next(at // 8 for at in range(0, len(noted), 8) if read[at : at + 8] != noted[at : at + 8])
             self[row].raw(field)
             raise SampleError(f"sample {self.numbers[row]}: the bytes of {field} changed while they were read")
 
@@ -251,6 +252,10 @@ class _Memory:
 
 
 @lru_cache(maxsize=64)
-def _slices(count: int, length: int) -> list[slice]:
-    """Where the rows of a flat buffer lie."""
-    return [slice(at, at + length) for at in range(0, count * length, length)]
+def _rows(address: int, count: int, length: int) -> list[memoryview]:
+    """Views of the rows of a buffer at an address, to be used while it lives.
+
+    Kept, because making one costs as much as hashing 2 kB, and buffers come at the same addresses again and again.
+    """
+    flat = memoryview((ctypes.c_uint8 * (count * length)).from_address(address)).cast("B")
+    return [flat[at : at + length] for at in range(0, count * length, length)]

@@ -175,7 +175,7 @@ def _text(folder: Path, out: Path, command: str) -> Found:
     files = corpus.find_files(folder, corpus.PATTERNS)
     size = sum(path.stat().st_size for path in files)
     endings = Counter(path.suffix.lower() for path in files)
-    lines = [f"{len(files):,} files of text, {size / 1e6:,.1f} MB: {_some(endings)}"]
+    lines = [f"{len(files):,} {'file' if len(files) == 1 else 'files'} of text, {size / 1e6:,.1f} MB: {_some(endings)}"]
     vocabulary = next(words for least, words in ((2e7, 8192), (2e6, 4096), (2e5, 2048), (0, 512)) if size >= least)
     length = 256 if size >= 2e6 else 128 if size >= 2e5 else 64
     rows = round(size / 3 / length * (1 - HELD_OUT))

@@ -158,7 +158,8 @@ class Console:
         weights = f"{here}/checkpoints/{saved[-1]['path']}" if saved else "none saved yet"
         self.say(f"  weights                {weights}")
         self.say(f"  metrics                {here}/journal.jsonl")
-        self.say(f"  logs                   {here}/logs")
+        if any((self.folder / "logs").glob("*")):  # one process writes none
+            self.say(f"  logs                   {here}/logs")
         if tracking:
             self.say(f"  W&B                    {tracking}")
         then = f"millstream report {here}  |  millstream evaluate {here}"

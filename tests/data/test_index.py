@@ -69,10 +69,12 @@ def test_identity_follows_contents_and_names_only(folder: Path, tmp_path: Path):
 def test_a_folder_without_index_names_those_below_that_have_one(folder: Path):
     shutil.copytree(folder, folder / "packed" / "train")
     (folder / "raw" / "a class").mkdir(parents=True)
+    shutil.copytree(folder / "packed" / "train", folder / "tars", ignore=shutil.ignore_patterns("*.idx"))
     for name, says in (
         ("packed", rf"packed: no index .*: {folder}/packed/train$"),
-        ("raw", rf"raw: no index .*`millstream data index {folder}/raw`$"),
-        ("raw/a class", rf"`millstream data index '{folder}/raw/a class'`$"),
+        ("raw", rf"raw: no tar shards; .*`millstream data pack {folder}/raw OUT`$"),
+        ("raw/a class", rf"`millstream data pack '{folder}/raw/a class' OUT`$"),
+        ("tars", rf"tars: no index .*`millstream data index {folder}/tars`$"),
         ("nowhere", "nowhere: no such folder of shards"),
     ):
         with pytest.raises(DataError, match=says):

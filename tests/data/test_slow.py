@@ -8,13 +8,13 @@ compute. What measures, decides and says is the real thing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from pipeline.data import reader, samples, slow
 from pipeline.data.reader import open_dataset
@@ -38,13 +38,17 @@ def throttled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             if dataset.index.locate(number)[0] == shard:
                 of_shard.add(bytes(dataset.sample(number).raw("npy")))
 
-    def digest(data: Any) -> int:
-        if bytes(data) in of_shard:
-            time.sleep(PAUSE)
-        return xxh3_64_intdigest(data)
+    def slowly(digest: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def looked_at(data: Any) -> Any:
+            if bytes(data) in of_shard:
+                time.sleep(PAUSE)
+            return digest(data)
 
-    monkeypatch.setattr(reader, "xxh3_64_intdigest", digest)
-    monkeypatch.setattr(samples, "xxh3_64_intdigest", digest)
+        return looked_at
+
+    monkeypatch.setattr(reader, "xxh3_64_intdigest", slowly(xxh3_64_intdigest))
+    monkeypatch.setattr(samples, "xxh3_64_intdigest", slowly(xxh3_64_intdigest))
+    monkeypatch.setattr(samples, "xxh3_64_digest", slowly(xxh3_64_digest))
     yield str(path)
 
 

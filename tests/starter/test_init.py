@@ -91,6 +91,15 @@ def test_shards_that_are_there(tmp_path: Path) -> None:
     assert getattr(config.task, "classes") == 4 and config.data.evaluate == {}  # noqa: B009
 
 
+def test_a_home_folder_that_no_shell_has_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_data.images(tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["millstream", "init", "~/mine", "--out=~/first.yaml"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main()
+    assert load("first.yaml").data.train == {"train": Source(folder=tmp_path / "mine")}
+
+
 @pytest.mark.parametrize("name", ["Bilder für #1, {neu}", "2024"])
 def test_names_of_folders_are_quoted_for_the_shell_and_for_yaml(name: str) -> None:
     pictures(Path(name))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +38,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head() -> Iterator[Head]:
     """`ray start --head` with a token, on loopback, in a session of its own; nothing of it is left."""
-    folder = tmp_path_factory.mktemp("h")
+    folder = Path(tempfile.mkdtemp(prefix="h"))  # a short name: Ray's sockets lie in it
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -53,16 +55,19 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     process = subprocess.Popen(start, cwd=folder, env=mine, stdout=log, stderr=log, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: "Ray runtime started" in (folder / "log").read_text(), (folder / "log").read_text)
+        wait_for(lambda: started(folder / "log", process), (folder / "log").read_text)
         wait_for(lambda: answers(url, token.read_text()), lambda: "the dashboard does not answer")
         yield Head(url, token, folder)
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # told to end, it takes half a minute
+        process.wait()
         log.close()
+        shutil.rmtree(folder)
+
+
+def started(log: Path, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, log.read_text()
+    return "Ray runtime started" in log.read_text()
 
 
 def answers(url: str, token: str) -> bool:
