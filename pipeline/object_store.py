@@ -13,6 +13,7 @@ by http_store.py and s3_store.py say it.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -205,6 +206,8 @@ class FsspecStore:
             return Absent(f"{self.url}: not there: {error}; check the URL, or send the data set again")
         if isinstance(error, PermissionError) or "redential" in type(error).__name__ + str(error):
             return Refused(f"{self.url}: {said(error)}")
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOTDIR):
+            return StoreError(f"{self.url}: {said(error)}; choose another folder")
         return None
 
 

@@ -72,6 +72,13 @@ def test_what_is_there_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
         send.send(folder, "nothing://x/y")
 
 
+def test_below_a_file_it_is_refused_at_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"Not a directory.*; choose another folder$") as error:
+        send.send(folder, str(tmp_path / "file" / "there"))
+    assert "tried" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_to_a_store_that_goes_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ObjectStore()
