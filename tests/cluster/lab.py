@@ -218,13 +218,13 @@ class Lab:
                 raise RuntimeError(f"Ray did not start on {host}:\n{log.read_text()}")
             time.sleep(0.1)
 
-    def mend(self) -> None:
-        """Boot every host that is down, and start Ray on every host where it has ended."""
+    def mend(self, **environment: str) -> None:
+        """Boot every host that is down, and start Ray (in this environment) on every host where it has ended."""
         for host in self.names:
             if host not in self.hosts:
                 self.boot(host)
             if host not in self.ray or self.ray[host].poll() is not None:
-                self.start_ray(host, head=host == "h0")
+                self.start_ray(host, head=host == "h0", cpus=None, **environment)
 
     def workers(self, folder: Path, attempt: int) -> dict[int, Worker]:
         """By rank, the workers that live of an attempt at the run in `folder`: those that write its logs."""
