@@ -51,7 +51,6 @@ def head() -> Iterator[Head]:
     start += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
     mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     mine |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    mine["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "1"  # at the end nothing is left to move away; Ray's own is 30 s
     log = (folder / "log").open("w")
     process = subprocess.Popen(start, cwd=folder, env=mine, stdout=log, stderr=log, start_new_session=True)
     try:
