@@ -88,16 +88,16 @@ class Foresight:
 
     def give_back(self) -> None:
         """Those that were taken are not looked at any more."""
-        with self._wake:
-            over = self._ahead.passed(self._taken)
-            epochs = [self._epochs.pop(piece, 0) for piece in over]
+        with self._wake:  # until they are let go of, or a piece that is asked for again meanwhile would be lost
             pace = (time.monotonic() - self._began) / max(1, self._taken)
-        for piece, epoch in zip(over, epochs):
-            source, piece = divmod(piece, SOURCE)
-            fetching = self._datasets[source].remote
-            if fetching is not None:
-                turns = self._again(source, epoch, fetching.pieces.first_sample(piece)) if self._again else None
-                fetching.release(piece, None if turns is None else time.time() + pace * max(0.0, turns - self._taken))
+            for planned in self._ahead.passed(self._taken):
+                epoch = self._epochs.pop(planned, 0)
+                source, piece = divmod(planned, SOURCE)
+                fetching = self._datasets[source].remote
+                if fetching is not None:
+                    turns = self._again(source, epoch, fetching.pieces.first_sample(piece)) if self._again else None
+                    later = None if turns is None else time.time() + pace * max(0.0, turns - self._taken)
+                    fetching.release(piece, later)
 
     def close(self) -> None:
         """Nobody waits for bytes any more."""
@@ -156,7 +156,7 @@ class Foresight:
             self._wake.notify_all()
 
     def _ask(self, rows: Rows) -> None:
-        needed: dict[int, int] = {}
+        needed, new_epochs = dict[int, int](), dict[int, int]()
         for source, dataset in enumerate(self._datasets):
             if dataset.remote is not None:
                 mine = rows.sources == source
@@ -165,9 +165,9 @@ class Foresight:
                 order = np.argsort(first)
                 epochs = rows.epochs[mine][first[order]].tolist()
                 for piece, epoch in zip((source * SOURCE + distinct[order]).tolist(), epochs):
-                    needed[piece] = self._sizes[source]
-                    self._epochs[piece] = epoch
+                    needed[piece], new_epochs[piece] = self._sizes[source], epoch
         with self._wake:
+            self._epochs |= new_epochs
             turn, new = self._ahead.planned, self._ahead.plan(needed)
             self._rows = len(rows.numbers)
         for piece in new:
