@@ -106,7 +106,8 @@ def file_system(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     try:
-        files, root = url_to_fs(url, **({"auto_mkdir": True} if url.startswith(("file:", "/")) else {}))
+        is_local = url.startswith("file:") or not ("://" in url or "::" in url)
+        files, root = url_to_fs(url, **({"auto_mkdir": True} if is_local else {}))
     except (ImportError, ValueError) as error:
         raise StoreError(f"{url}: {error}; install what this kind of store needs") from error
     return files, root.rstrip("/")

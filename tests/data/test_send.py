@@ -56,6 +56,12 @@ def test_killed_on_the_way_it_goes_on(folder: Path, tmp_path: Path) -> None:
     assert contents(there / "train") == contents(folder / "train")
 
 
+def test_to_a_new_folder_by_its_relative_path(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    send.send(folder / "train", "new/there")
+    assert contents(tmp_path / "new/there") == contents(folder / "train")
+
+
 def test_what_is_there_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     send.send(folder / "train", f"file://{there}")
