@@ -2,9 +2,9 @@
 
     folder -> Found (kind, counts, sizes, classes) -> commands to pack it, YAML with every choice and its reason
 
-Folders of images and of sounds by class, text and JSONL are configured before they are packed; shards of images or
-token rows that are there already as they are. The numbers are those of a small first run on a laptop, in round powers
-of two. What it gives up: tables, arrays and other tars: pack them, then ask again about what was packed.
+Folders of images and of sounds by class, text and JSONL are configured before they are packed; shards of images, sounds
+or token rows that are there already as they are. The numbers are those of a small first run on a laptop, in round
+powers of two. What it gives up: tables, arrays and other tars: pack them, then ask again about what was packed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.yaml_file import scalar
 
 LOOKED = 200  # files that are opened
 SIDES = (32, 48, 64, 96, 128, 160, 192, 224)
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES, SOUNDS = ("jpg", "jpeg", "png", "webp"), ("wav", "flac", "ogg")
 HELD_OUT = 0.1
 NOTHING = "{}"  # held out
 
@@ -211,10 +211,26 @@ def _shards(packed: Path, test: Path) -> Found:
         lines.append(f"{len(found)} classes; shorter side {side} pixels in the middle")
         choices = _image_choices(max(max(found) + 1, len(told.class_names), 2), grey, side)
         return Found("image_classification", lines, choices | _batches(told.samples, 20) | place)
+    if "cls" in told.classes and fields & set(SOUNDS):
+        rate, seconds = _heard(told, packed)
+        lines.append(f"{len(told.classes['cls'])} classes; {rate:,} Hz")
+        classes = max(max(told.classes["cls"]) + 1, len(told.class_names), 2)
+        choices = {"classes": classes, "rate": rate, "seconds": seconds}
+        return Found("audio_classification", lines, choices | _batches(told.samples, 20) | place)
     raise DataError(
-        f"{packed} holds {', '.join(sorted(fields))}: no image or row of tokens with a class that a task here reads; "
+        f"{packed} holds {', '.join(sorted(fields))}: no image or sound with a class and no row of tokens; "
         "write a task of your own, README.md says how"
     )
+
+
+def _heard(told: Stats, packed: Path) -> tuple[int, float]:
+    """(samples a second, seconds) to take of the sounds that were looked into: of each at most twice the median."""
+    content = next(each for each in told.contents if each.name in SOUNDS)
+    rates = sorted({int(kind.partition(" Hz")[0].replace(",", "")) for kind in content.kinds})
+    if len(rates) != 1:
+        raise DataError(f"{packed} holds sounds of several rates ({rates} Hz), and one is taken; resample them first")
+    spread = content.measures["seconds"]
+    return rates[0], max(0.1, round(min(spread.max, 2 * spread.median) + 0.05, 1))
 
 
 def _pictures(told: Stats) -> tuple[int, bool]:

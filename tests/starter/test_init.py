@@ -91,6 +91,14 @@ def test_shards_that_are_there(tmp_path: Path) -> None:
     assert getattr(config.task, "classes") == 4 and config.data.evaluate == {}  # noqa: B009
 
 
+def test_shards_of_sounds_that_are_there(tmp_path: Path) -> None:
+    small_data.sounds(tmp_path / "mine")
+    doctor, _ = commands(str(tmp_path / "mine"))
+    task = load(doctor[-1]).task
+    assert (task.name, getattr(task, "classes"), getattr(task, "rate")) == ("audio_classification", 3, 8000)  # noqa: B009
+    assert examine(Path(doctor[-1]), quick=True).of("error", "warning") == []
+
+
 def test_a_home_folder_that_no_shell_has_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_data.images(tmp_path / "mine")
     monkeypatch.setenv("HOME", str(tmp_path))

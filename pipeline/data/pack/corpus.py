@@ -86,6 +86,17 @@ def look_through(
     return Corpus(source, files, field, names, digests, np.array(sizes), np.array(file_of)), warnings
 
 
+def _other(line: bytes, field: str, error: Exception) -> str:
+    """What a line of JSON is that has no field of text, and how it is packed."""
+    what = f"no JSON object with a field {field!r}"
+    if not isinstance(error, KeyError):
+        return f"{what} ({type(error).__name__}: {error})"
+    there = json.loads(line)
+    if "messages" in there:
+        return f"{what} but one with 'messages': pack it with --kind chats"
+    return f"{what} but with {', '.join(map(repr, there)) or 'none'}: give that another name, or use --kind table"
+
+
 def _documents(source: Path, path: Path, field: str) -> Iterator[tuple[str, str, bool]]:
     """Name, text and whether it had to be mended, of each document in one file that is not empty."""
     name = path.relative_to(source).as_posix() if path != source else path.name
@@ -102,8 +113,7 @@ def _documents(source: Path, path: Path, field: str) -> Iterator[tuple[str, str,
             try:
                 text = json.loads(line)[field]
             except (ValueError, KeyError, TypeError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise DataError(f"{path}, line {number}: no JSON object with a field {field!r} ({reason})") from error
+                raise DataError(f"{path}, line {number}: {_other(line, field, error)}") from error
             if not isinstance(text, str):
                 raise DataError(f"{path}, line {number}: field {field!r} is {type(text).__name__}, not text")
             clean = text.encode(

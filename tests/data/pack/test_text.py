@@ -161,7 +161,8 @@ def test_lines_of_json_are_documents(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b'{"text": "a"', "line 2: no JSON object with a field 'text' .JSONDecodeError"),
-        (b'{"body": "a"}', "line 2: no JSON object with a field 'text' .KeyError"),
+        (b'{"body": "a"}', "line 2: no JSON object with a field 'text' but with 'body': .*--kind table"),
+        (b'{"messages": []}', "line 2: no JSON object with a field 'text' but one with 'messages': .*--kind chats"),
         (b"[1]", "line 2: no JSON object"),
         (b'{"text": 5}', "line 2: field 'text' is int, not text"),
         (b'{"text": "\xff"}', "line 2: no JSON object with a field 'text' .UnicodeDecodeError"),
