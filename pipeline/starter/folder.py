@@ -13,7 +13,10 @@ import re
 import shlex
 import statistics
 from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -22,6 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.data.decode import decode
 from pipeline.data.pack import corpus, pack
 from pipeline.data.pack.folders import class_files
+from pipeline.data.reader import open_dataset
+from pipeline.data.sound import Audio
 from pipeline.data.stats import Stats, stats
 from pipeline.errors import ConfigError, DataError
 from pipeline.sections import Name
@@ -149,26 +154,35 @@ def _sounds(folder: Path, out: Path, command: str) -> Found:
     classes = Counter(path.parent.name for path in paths)
     if len(classes) < 2:
         raise DataError(f"{folder} has one class folder, {next(iter(classes))}: there is nothing to tell apart")
-    rates, seconds = Counter[int](), []
-    for path in paths[:: max(1, len(paths) // LOOKED)]:
-        try:
-            sound = decode(path.suffix[1:].lower(), path.read_bytes())
-        except (OSError, DataError):
-            continue  # `data pack` names it
-        rates[sound.rate] += 1
-        seconds.append(len(sound.samples) / sound.rate)
-    if not seconds:
-        raise DataError(f"no sound in {folder} can be read, of {len(paths)}")
-    if len(rates) > 1:
-        told = ", ".join(f"{rate} Hz" for rate in rates)
-        raise DataError(f"{folder} holds sounds of several rates ({told}), and one is taken; resample them first")
-    longest = sorted(seconds)[int(0.95 * (len(seconds) - 1))]
-    lines = [f"{len(paths):,} sounds in {len(classes)} classes: {_some(classes)}"]
-    middle = statistics.median(seconds)
-    lines.append(f"{next(iter(rates)):,} Hz; {min(seconds):.2f} to {max(seconds):.2f} s, median {middle:.2f} s")
-    choices = {"classes": len(classes), "rate": next(iter(rates)), "seconds": max(0.1, round(longest + 0.05, 1))}
+    looked = paths[:: max(1, len(paths) // LOOKED)]  # `data pack` names those that cannot be read
+    heard, told = _heard(folder, (partial(_decoded, path) for path in looked))
+    lines = [f"{len(paths):,} sounds in {len(classes)} classes: {_some(classes)}", told]
+    choices = {"classes": len(classes), **heard}
     batches = _batches(round(len(paths) * (1 - HELD_OUT)), 20)
     return Found("audio_classification", lines, choices | batches | _paths(out), [command])
+
+
+def _decoded(path: Path) -> Audio:
+    return decode(path.suffix[1:].lower(), path.read_bytes())
+
+
+def _heard(place: Path, sounds: Iterable[Callable[[], Audio]]) -> tuple[dict[str, object], str]:
+    """Rate and seconds to take of sounds, as choices, and what they are, in words. Raises DataError for no one rate."""
+    rates, seconds = set[int](), list[float]()
+    for read in sounds:
+        with suppress(OSError, DataError):
+            sound = read()
+            rates.add(sound.rate)
+            seconds.append(len(sound.samples) / sound.rate)
+    if not seconds:
+        raise DataError(f"no sound in {place} can be read")
+    if len(rates) > 1:
+        told = ", ".join(f"{rate} Hz" for rate in sorted(rates))
+        raise DataError(f"{place} holds sounds of several rates ({told}), and one is taken; resample them first")
+    [rate], middle = rates, statistics.median(seconds)
+    longest = sorted(seconds)[int(0.95 * (len(seconds) - 1))]
+    choices: dict[str, object] = {"rate": rate, "seconds": max(0.1, round(longest + 0.05, 1))}
+    return choices, f"{rate:,} Hz; {min(seconds):.2f} to {max(seconds):.2f} s, median {middle:.2f} s"
 
 
 def _text(folder: Path, out: Path, command: str) -> Found:
@@ -206,31 +220,23 @@ def _shards(packed: Path, test: Path) -> Found:
         lines.append(f"rows of {choices['length']} tokens, of {vocabulary.size:,}")
         batches = _batches(told.samples, 3)
         return Found("language_modeling", lines, choices | batches | place)
-    if "cls" in told.classes and fields & set(IMAGES):
-        found, side, grey = told.classes["cls"], *_pictures(told)
+    found = told.classes.get("cls", {})
+    classes = max(max(found, default=0) + 1, len(told.class_names), 2)
+    if found and fields & set(IMAGES):
+        side, grey = _pictures(told)
         lines.append(f"{len(found)} classes; shorter side {side} pixels in the middle")
-        choices = _image_choices(max(max(found) + 1, len(told.class_names), 2), grey, side)
+        choices = _image_choices(classes, grey, side)
         return Found("image_classification", lines, choices | _batches(told.samples, 20) | place)
-    if "cls" in told.classes and fields & set(SOUNDS):
-        rate, seconds = _heard(told, packed)
-        lines.append(f"{len(told.classes['cls'])} classes; {rate:,} Hz")
-        classes = max(max(told.classes["cls"]) + 1, len(told.class_names), 2)
-        choices = {"classes": classes, "rate": rate, "seconds": seconds}
-        return Found("audio_classification", lines, choices | _batches(told.samples, 20) | place)
+    if found and fields & set(SOUNDS):
+        with open_dataset(packed) as dataset:
+            looked = range(0, len(dataset), max(1, len(dataset) // LOOKED))
+            heard, said = _heard(packed, (lambda n=n: dataset.sample(n).first(*SOUNDS) for n in looked))
+        lines.append(f"{len(found)} classes; {said}")
+        return Found("audio_classification", lines, {"classes": classes, **heard} | _batches(told.samples, 20) | place)
     raise DataError(
         f"{packed} holds {', '.join(sorted(fields))}: no image or sound with a class and no row of tokens; "
         "write a task of your own, README.md says how"
     )
-
-
-def _heard(told: Stats, packed: Path) -> tuple[int, float]:
-    """(samples a second, seconds) to take of the sounds that were looked into: of each at most twice the median."""
-    content = next(each for each in told.contents if each.name in SOUNDS)
-    rates = sorted({int(kind.partition(" Hz")[0].replace(",", "")) for kind in content.kinds})
-    if len(rates) != 1:
-        raise DataError(f"{packed} holds sounds of several rates ({rates} Hz), and one is taken; resample them first")
-    spread = content.measures["seconds"]
-    return rates[0], max(0.1, round(min(spread.max, 2 * spread.median) + 0.05, 1))
 
 
 def _pictures(told: Stats) -> tuple[int, bool]:
