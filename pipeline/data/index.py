@@ -250,13 +250,10 @@ def _no_root(storage: Storage, mend: str) -> str:
         return f"its index is of an older Millstream ({OLD_ROOT}); {mend}"
     if isinstance(storage, Folder):
         folder = Path(storage.place)
-        if not folder.is_dir():
-            return "no such folder of shards; check the path, or make one with `millstream data pack`"
         deeper = sorted(str(path.parent) for path in folder.glob(f"*/{ROOT}"))
         if deeper and not any(folder.glob("*.tar")):
             return f"no index of its shards; name a folder below that has one: {', '.join(deeper)}"
-        if not any(folder.glob("*.tar")):
-            return f"no tar shards; make some with `millstream data pack {shlex.quote(storage.place)} OUT`"
+        find_shards(folder)  # says what is there instead of shards, if there are none
     return f"no index of its shards; {mend}"
 
 

@@ -148,7 +148,8 @@ def find_shards(folder: Path | str) -> dict[str, int]:
         )
     if not found:
         deeper = sorted(path.parent.name for path in folder.glob("*/*.tar"))
-        hint = f"its folder {deeper[0]} has some, name that one" if deeper else "pack some with `millstream data pack`"
+        pack = f"pack some with `millstream data pack {shlex.quote(str(folder))} OUT`"
+        hint = f"its folder {deeper[0]} has some, name that one" if deeper else pack
         raise DataError(f"{folder}: no .tar shards in this folder; {hint}")
     return dict(sorted(found.items()))
 

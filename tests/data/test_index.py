@@ -69,11 +69,14 @@ def test_identity_follows_contents_and_names_only(folder: Path, tmp_path: Path):
 def test_a_folder_without_index_names_those_below_that_have_one(folder: Path):
     shutil.copytree(folder, folder / "packed" / "train")
     (folder / "raw" / "a class").mkdir(parents=True)
+    (folder / "small").mkdir()
+    (folder / "small" / "0.tar.gz").touch()
     shutil.copytree(folder / "packed" / "train", folder / "tars", ignore=shutil.ignore_patterns("*.idx"))
     for name, says in (
         ("packed", rf"packed: no index .*: {folder}/packed/train$"),
-        ("raw", rf"raw: no tar shards; .*`millstream data pack {folder}/raw OUT`$"),
+        ("raw", rf"raw: no .tar shards .*`millstream data pack {folder}/raw OUT`$"),
         ("raw/a class", rf"`millstream data pack '{folder}/raw/a class' OUT`$"),
+        ("small", rf"compressed shards are not read .*unpack each: `gzip -d {folder}/small/0.tar.gz`$"),
         ("tars", rf"tars: no index .*`millstream data index {folder}/tars`$"),
         ("nowhere", "nowhere: no such folder of shards"),
     ):
