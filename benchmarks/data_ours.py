@@ -18,12 +18,11 @@ from data_content import CLASSES
 
 from pipeline import config as configuration
 from pipeline.data import index
+from pipeline.data.loader import PLANNED_ROWS
 from pipeline.data.reader import Sample
 from pipeline.data.samples import Lookup, Samples
 from pipeline.data.stream import Preparing, Stream
 from pipeline.tasks import image_classification
-
-PLANNED_ROWS = 8192  # of raw_bytes, as many as the loader plans at once
 
 
 class Rows:

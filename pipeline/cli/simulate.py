@@ -16,6 +16,7 @@ EXAMPLE = """Example: millstream data simulate configs/mix.yaml --nodes 8 --work
 
 Example: millstream data simulate s3://bucket/photos/train --nodes 1000 --micro-batch 32 --bandwidth 1250"""
 CONFIGS = (".yaml", ".yml")
+CACHE_GB = 32 * 1.073741824
 SPREAD = 2.2  # of the batches' means: the largest that a run's defaults are held to
 
 SourceArgument = Annotated[
@@ -31,7 +32,7 @@ WorkersOption = Annotated[
 BandwidthOption = Annotated[float, typer.Option(min=0.001, help="Of a node's link, MB/s (10^6 bytes).")]
 LatencyOption = Annotated[float, typer.Option(min=0, help="Until the first byte of a request comes, ms.")]
 CacheOption = Annotated[
-    float, typer.Option(min=0, show_default="34.36, that of a run", help="Of a node, GB (10^9 bytes).")
+    float, typer.Option(min=0, show_default=f"{CACHE_GB:.2f}, that of a run", help="Of a node, GB (10^9 bytes).")
 ]
 StepSecondsOption = Annotated[
     float, typer.Option(min=0, help="Of computing, as a run's page shows them; 0: steps come as fast as the data.")
@@ -56,7 +57,7 @@ def simulate(
     workers: WorkersOption = None,
     bandwidth: BandwidthOption = 1000.0,
     latency: LatencyOption = 25.0,
-    cache: CacheOption = 32 * 1.073741824,
+    cache: CacheOption = CACHE_GB,
     step_seconds: StepSecondsOption = 0.0,
     decode_seconds: DecodeOption = 0.0,
     steps: StepsOption = None,

@@ -183,9 +183,9 @@ def _number(samples: np.ndarray, block: np.ndarray, seed: int, epoch: np.ndarray
     order, first = grouped(which * blocks.max() + rank)
     of = order[first]
     moved = permute(rank[of], np.broadcast_to(blocks, rank.shape)[of], key[of])
-    back = np.empty_like(place)
-    back[order] = np.repeat(moved, np.diff(first, append=len(order)))
-    return back * block + place - start
+    blocks_of = np.empty_like(place)  # int64[k], the block that each row is in
+    blocks_of[order] = np.repeat(moved, np.diff(first, append=len(order)))
+    return blocks_of * block + place - start
 
 
 def grouped(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

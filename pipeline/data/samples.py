@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from xxhash import xxh3_64_digest, xxh3_64_intdigest
+from xxhash import xxh3_64_digest
 
 from pipeline.data.decode import npy_header
 from pipeline.data.order import grouped
@@ -195,7 +195,7 @@ class Samples:
             shards = self._lookup.column(field).tars[self._range].tolist()
             for shard, view in zip(shards, self._views(field) or ()):
                 began = time.perf_counter()
-                xxh3_64_intdigest(view)
+                xxh3_64_digest(view)
                 read = self._lookup.parts[shard][0].read
                 read[0] += len(view)
                 read[1] += time.perf_counter() - began

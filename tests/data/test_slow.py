@@ -47,7 +47,6 @@ def throttled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         return looked_at
 
     monkeypatch.setattr(reader, "xxh3_64_intdigest", slowly(xxh3_64_intdigest))
-    monkeypatch.setattr(samples, "xxh3_64_intdigest", slowly(xxh3_64_intdigest))
     monkeypatch.setattr(samples, "xxh3_64_digest", slowly(xxh3_64_digest))
     yield str(path)
 

@@ -94,7 +94,7 @@ def _other(line: bytes, field: str, error: Exception) -> str:
     there = json.loads(line)
     if "messages" in there:
         return f"{what} but one with 'messages': pack it with --kind chats"
-    return f"{what} but with {', '.join(map(repr, there)) or 'none'}: give that another name, or use --kind table"
+    return f"{what} but with {', '.join(map(repr, there)) or 'none'}: name its text {field!r}, or use --kind table"
 
 
 def _documents(source: Path, path: Path, field: str) -> Iterator[tuple[str, str, bool]]:
